@@ -1,0 +1,2 @@
+//! The guest's process 1.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Guest kernels and the initramfs that carries the agent.

@@ -1,0 +1,1 @@
+//! Networks of VMs: rootless user-mode networking and published ports.

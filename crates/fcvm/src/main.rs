@@ -1,0 +1,2 @@
+//! The fcvm command line.
+fn main() {}
