@@ -1,1 +1,43 @@
 //! Hypervisors behind small capability traits.
+//!
+//! A driver is a folder whose files have the same names in each: `probe.rs` (is it there, which
+//! version), `launch.rs` (start a VM), `api.rs` (its control channel). [`qemu`] is the one there is.
+//! [`spec`] says what a VM consists of, in no hypervisor's words.
+//!
+//! Not here: what the disks and the network are made of (`fcvm-storage`, `fcvm-network`), and what
+//! is said over the agent channel (`fcvm-wire`).
+
+mod error;
+pub mod qemu;
+pub mod spec;
+
+use std::future::Future;
+
+pub use error::HypervisorError;
+pub use spec::{Accelerator, DiskSpec, GuestMemory, LaunchSpec, NetworkBackend, NetworkSpec};
+
+/// A hypervisor that starts VMs.
+pub trait Launch {
+    /// A started VM. Dropping it ends it.
+    type Vm;
+
+    /// Starts a VM: when this returns, the hypervisor has accepted every part of the specification
+    /// and the guest's first instruction is being run.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is left of the VM where this fails.
+    fn launch(
+        &self,
+        spec: LaunchSpec,
+    ) -> impl Future<Output = Result<Self::Vm, HypervisorError>> + Send;
+}
+
+/// A VM whose virtual processors can be stopped and started again.
+pub trait Pause {
+    /// Stops the virtual processors. A stopped VM stays stopped.
+    fn pause(&self) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+
+    /// Starts them again. A running VM keeps running.
+    fn resume(&self) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+}

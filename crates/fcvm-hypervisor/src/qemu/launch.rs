@@ -1,0 +1,364 @@
+//! Starting QEMU, watching it, ending it.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::time::Duration;
+
+use fcvm_process::{HelperCommand, HelperExit, HelperProcess};
+use fcvm_types::record::ProcessIdentity;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use serde_json::Value;
+use tokio::net::UnixStream;
+
+use super::api::{QmpClient, VmEvent};
+use super::command_line::{Backend, Boot, Descriptors, DeviceLine, Disk, Machine, Network};
+use super::{Qemu, Version};
+use crate::error::HypervisorError;
+use crate::spec::{
+    CPU_COUNT_MAX, DISK_COUNT_MAX, DiskSpec, LaunchSpec, MEMORY_MIN, NetworkBackend, NetworkSpec,
+};
+use crate::{Launch, Pause};
+
+/// How long QEMU may take until it answers. It takes 50 ms on an idle host.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it may take to answer a command.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long after its end its last events are waited for. They are in the socket already.
+const LAST_EVENTS_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A running VM. Dropping it kills QEMU and waits for its end.
+#[derive(Debug)]
+pub struct QemuVm {
+    helper: HelperProcess,
+    control: QmpClient,
+    agent: Option<UnixStream>,
+    device_line: DeviceLine,
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone)]
+pub struct VmExit {
+    /// What ended it.
+    pub cause: ExitCause,
+    /// QEMU's exit status and its last words.
+    pub process: HelperExit,
+}
+
+/// What ended a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitCause {
+    /// The guest powered itself off.
+    PoweredOff,
+    /// The guest reset itself, which is what a kernel does after a panic.
+    Reset,
+    /// QEMU was asked to end, or ended by SIGTERM, SIGINT or SIGHUP.
+    Terminated,
+    /// QEMU was killed by this signal, or crashed with it.
+    Killed(i32),
+    /// QEMU gave up.
+    Failed,
+}
+
+impl fmt::Display for VmExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cause {
+            ExitCause::PoweredOff => f.write_str("the guest powered itself off"),
+            ExitCause::Reset => f.write_str("the guest reset itself, as after a kernel panic"),
+            ExitCause::Terminated => f.write_str("qemu was told to end"),
+            ExitCause::Killed(_) | ExitCause::Failed => self.process.fmt(f),
+        }
+    }
+}
+
+impl Launch for Qemu {
+    type Vm = QemuVm;
+
+    async fn launch(&self, spec: LaunchSpec) -> Result<QemuVm, HypervisorError> {
+        check(&spec)?;
+        let machine = machine(&spec);
+        let boot = Boot {
+            kernel: text_path(&spec.kernel, "the kernel")?,
+            initramfs: match &spec.initramfs {
+                Some(path) => Some(text_path(path, "the initramfs")?),
+                None => None,
+            },
+            extra_args: spec.extra_kernel_args.clone(),
+        };
+        let (control, qemu_control) = socket_pair("the control channel")?;
+        let (agent, qemu_agent) = socket_pair("the agent channel")?;
+        let mut command = HelperCommand::new("qemu", self.program());
+        command.no_new_privileges();
+        let descriptors = inherit(&mut command, spec, qemu_control, qemu_agent)
+            .map_err(setup_failed("the descriptors"))?;
+        command
+            .args(machine.hardware(&descriptors))
+            .args(machine.process(&descriptors, &boot));
+        tracing::trace!("{command:?}");
+        let helper = command.spawn().map_err(|source| HypervisorError::Spawn {
+            path: self.program().to_owned(),
+            source,
+        })?;
+        let control = self.connect(&helper, control).await?;
+        Ok(QemuVm {
+            device_line: machine.device_line(control.version()),
+            helper,
+            control,
+            agent: Some(agent),
+        })
+    }
+}
+
+impl Qemu {
+    /// The control channel, once QEMU answers on it; why it ended, where it does not.
+    async fn connect(
+        &self,
+        helper: &HelperProcess,
+        control: UnixStream,
+    ) -> Result<QmpClient, HypervisorError> {
+        let error = match QmpClient::connect(control, START_TIMEOUT).await {
+            Ok(client) => {
+                self.require(client.version())?;
+                return Ok(client);
+            }
+            Err(error @ HypervisorError::Disconnected { .. }) => error,
+            Err(error) => return Err(error),
+        };
+        tracing::trace!("{error}");
+        // The channel is closed, so QEMU is ending. A version that is too old explains any line it
+        // may have printed about an option it does not know.
+        helper.kill_after(LAST_EVENTS_TIMEOUT).await;
+        let exit = helper.wait().await;
+        self.check_version()?;
+        Err(HypervisorError::ExitedAtStart {
+            reason: exit.to_string(),
+        })
+    }
+}
+
+impl QemuVm {
+    /// QEMU's process id and start time.
+    pub fn identity(&self) -> ProcessIdentity {
+        self.helper.identity()
+    }
+
+    /// The owner's end of the agent channel; the first call gets it. It is connected from the start:
+    /// what the guest writes before it is read waits in it.
+    pub fn take_agent(&mut self) -> Option<UnixStream> {
+        self.agent.take()
+    }
+
+    /// The virtual hardware, for the record of a snapshot.
+    pub fn device_line(&self) -> &DeviceLine {
+        &self.device_line
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> Version {
+        self.device_line.qemu_version
+    }
+
+    /// The next event; `None` when there will be no more. May be cancelled without losing one.
+    pub async fn next_event(&self) -> Option<VmEvent> {
+        self.control.next_event().await
+    }
+
+    /// Waits until the VM has ended. May be called again, cancelled and called by many.
+    pub async fn wait_exit(&self) -> VmExit {
+        let process = self.helper.wait().await;
+        let shutdown = tokio::time::timeout(LAST_EVENTS_TIMEOUT, self.control.drained()).await;
+        let shutdown = shutdown.ok().flatten();
+        let cause = match (process.status.signal(), shutdown.as_deref()) {
+            (Some(signal), _) => ExitCause::Killed(signal),
+            (None, Some("guest-shutdown")) => ExitCause::PoweredOff,
+            (None, Some("guest-reset" | "guest-panic")) => ExitCause::Reset,
+            (None, Some("host-qmp-quit" | "host-signal" | "host-ui")) => ExitCause::Terminated,
+            (None, _) => ExitCause::Failed,
+        };
+        VmExit { cause, process }
+    }
+
+    /// Ends the VM at once, as pulling the plug does. [`wait_exit`](Self::wait_exit) tells when it
+    /// has ended.
+    pub fn kill(&self) {
+        self.helper.kill();
+    }
+
+    /// Whether the virtual processors run.
+    ///
+    /// # Errors
+    ///
+    /// QEMU does not answer.
+    pub async fn is_running(&self) -> Result<bool, HypervisorError> {
+        let status = self.execute("query-status").await?;
+        Ok(status["running"] == true)
+    }
+
+    async fn execute(&self, command: &str) -> Result<Value, HypervisorError> {
+        self.control
+            .execute(command, Value::Null, COMMAND_TIMEOUT)
+            .await
+    }
+}
+
+impl Pause for QemuVm {
+    async fn pause(&self) -> Result<(), HypervisorError> {
+        self.execute("stop").await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), HypervisorError> {
+        self.execute("cont").await.map(drop)
+    }
+}
+
+/// Refuses what QEMU would refuse with a line that does not name the caller's mistake.
+fn check(spec: &LaunchSpec) -> Result<(), HypervisorError> {
+    let refuse = |what: String, reason: String| Err(HypervisorError::InvalidSpec { what, reason });
+    if spec.cpu_count == 0 || spec.cpu_count > CPU_COUNT_MAX {
+        return refuse(
+            format!("{} processors", spec.cpu_count),
+            format!("a VM has 1 to {CPU_COUNT_MAX}"),
+        );
+    }
+    let size = spec.memory.size();
+    if size < MEMORY_MIN || size.bytes() % 4096 != 0 {
+        return refuse(
+            format!("{size} of memory"),
+            format!("it needs at least {MEMORY_MIN}, in whole pages of 4 KiB"),
+        );
+    }
+    if spec.disks.len() > DISK_COUNT_MAX {
+        return refuse(
+            format!("{} disks", spec.disks.len()),
+            format!("a VM has at most {DISK_COUNT_MAX}"),
+        );
+    }
+    for (index, disk) in spec.disks.iter().enumerate() {
+        if !is_serial(&disk.serial) {
+            return refuse(
+                format!("the disk serial '{}'", disk.serial.escape_debug()),
+                "it is a letter and up to 19 letters, digits, '-', '_' and '.'".to_owned(),
+            );
+        }
+        let same = |other: &DiskSpec| other.serial == disk.serial;
+        if spec.disks[..index].iter().any(same) {
+            return refuse(
+                format!("the disk serial '{}' twice", disk.serial),
+                "the guest could not tell the disks apart".to_owned(),
+            );
+        }
+    }
+    check_file(&spec.kernel, "the kernel")?;
+    match &spec.initramfs {
+        Some(path) => check_file(path, "the initramfs"),
+        None => Ok(()),
+    }
+}
+
+/// A serial is also a name in QEMU's block layer.
+fn is_serial(text: &str) -> bool {
+    text.len() <= 20
+        && text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+}
+
+fn check_file(path: &Path, what: &str) -> Result<(), HypervisorError> {
+    match std::fs::File::open(path) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(HypervisorError::InvalidSpec {
+            what: format!("{what} {}", path.display()),
+            reason: error.to_string(),
+        }),
+    }
+}
+
+fn machine(spec: &LaunchSpec) -> Machine {
+    let disk = |disk: &DiskSpec| Disk {
+        serial: disk.serial.clone(),
+        read_only: disk.read_only,
+    };
+    let network = |network: &NetworkSpec| Network {
+        mac: network.mac,
+        backend: match &network.backend {
+            NetworkBackend::Stream(_) => Backend::Stream,
+            NetworkBackend::User { forwards, ipv6 } => Backend::User {
+                forwards: forwards.clone(),
+                ipv6: *ipv6,
+            },
+        },
+    };
+    Machine {
+        cpu_count: spec.cpu_count,
+        memory: spec.memory.size(),
+        accelerator: spec.accelerator,
+        disks: spec.disks.iter().map(disk).collect(),
+        network: spec.network.as_ref().map(network),
+    }
+}
+
+/// Hands the specification's descriptors to the command.
+fn inherit(
+    command: &mut HelperCommand,
+    spec: LaunchSpec,
+    control: OwnedFd,
+    agent: OwnedFd,
+) -> io::Result<Descriptors> {
+    let mut disks = Vec::with_capacity(spec.disks.len());
+    for disk in spec.disks {
+        disks.push(command.inherit(disk.file.into())?);
+    }
+    let network = match spec.network.map(|network| network.backend) {
+        Some(NetworkBackend::Stream(socket)) => Some(command.inherit(socket)?),
+        Some(NetworkBackend::User { .. }) | None => None,
+    };
+    Ok(Descriptors {
+        memory: command.inherit(spec.memory.into())?,
+        control: command.inherit(control)?,
+        agent: command.inherit(agent)?,
+        console: command.inherit(spec.console)?,
+        disks,
+        network,
+    })
+}
+
+/// A path as an argument of QEMU: absolute, since QEMU runs in another directory.
+fn text_path(path: &Path, what: &str) -> Result<String, HypervisorError> {
+    let refuse = |reason: String| HypervisorError::InvalidSpec {
+        what: format!("{what} {}", path.display()),
+        reason,
+    };
+    let absolute = std::path::absolute(path).map_err(|error| refuse(error.to_string()))?;
+    absolute
+        .into_os_string()
+        .into_string()
+        .map_err(|_| refuse("its path is not UTF-8".to_owned()))
+}
+
+/// A pair of connected sockets: the owner's end, and QEMU's.
+fn socket_pair(what: &'static str) -> Result<(UnixStream, OwnedFd), HypervisorError> {
+    let pair = || {
+        let (own, other) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let own = std::os::unix::net::UnixStream::from(own);
+        own.set_nonblocking(true)?;
+        tracing::trace!(
+            "{what}: descriptors {} {}",
+            own.as_raw_fd(),
+            other.as_raw_fd()
+        );
+        Ok((UnixStream::from_std(own)?, other))
+    };
+    pair().map_err(setup_failed(what))
+}
+
+fn setup_failed(what: &'static str) -> impl Fn(io::Error) -> HypervisorError {
+    move |source| HypervisorError::Setup { what, source }
+}

@@ -1,0 +1,166 @@
+//! Launching, watching and ending real QEMU under TCG. The guest is a kernel of a few instructions,
+//! so that nothing but QEMU is needed.
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt;
+
+use fcvm_hypervisor::qemu::{ExitCause, Qemu, VmEvent};
+use fcvm_hypervisor::{DiskSpec, HypervisorError, Launch, Pause};
+use support::{Ending, qemu, read_console_bytes, read_console_until, spec, write_kernel};
+
+#[tokio::test]
+async fn guest_runs_pauses_resumes_and_is_killed() {
+    let Some(qemu) = qemu() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = write_kernel(directory.path(), "here I am\n", Ending::Halt);
+    let (spec, console) = spec(kernel);
+    let memory = spec.memory.try_clone().unwrap();
+    let vm = qemu.launch(spec).await.unwrap();
+    let (text, _console) = read_console_until(console, "here I am").await;
+    assert!(text.contains("here I am"), "{text}");
+    assert!(memory.resident_bytes().unwrap() > 0);
+    assert!(vm.is_running().await.unwrap());
+    vm.pause().await.unwrap();
+    assert_eq!(vm.next_event().await, Some(VmEvent::Stopped));
+    assert!(!vm.is_running().await.unwrap());
+    vm.pause().await.unwrap();
+    vm.resume().await.unwrap();
+    assert_eq!(vm.next_event().await, Some(VmEvent::Resumed));
+    assert!(vm.is_running().await.unwrap());
+    assert!(fcvm_process::is_running(vm.identity()));
+    vm.kill();
+    let exit = vm.wait_exit().await;
+    assert_eq!(exit.cause, ExitCause::Killed(9));
+    assert_eq!(vm.next_event().await, None);
+    assert!(matches!(
+        vm.pause().await,
+        Err(HypervisorError::Disconnected { .. })
+    ));
+    let identity = vm.identity();
+    assert!(!fcvm_process::is_running(identity));
+}
+
+#[tokio::test]
+async fn dropping_a_vm_ends_it() {
+    let Some(qemu) = qemu() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let (spec, _console) = spec(write_kernel(directory.path(), "", Ending::Halt));
+    let vm = qemu.launch(spec).await.unwrap();
+    let identity = vm.identity();
+    assert!(fcvm_process::is_running(identity));
+    drop(vm);
+    assert!(!fcvm_process::is_running(identity));
+}
+
+#[tokio::test]
+async fn guest_ends_itself() {
+    let Some(qemu) = qemu() else { return };
+    for (ending, cause) in [
+        (Ending::PowerOff, ExitCause::PoweredOff),
+        (Ending::TripleFault, ExitCause::Reset),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let (spec, _console) = spec(write_kernel(directory.path(), "", ending));
+        let vm = qemu.launch(spec).await.unwrap();
+        let exit = vm.wait_exit().await;
+        assert_eq!(exit.cause, cause, "{exit}");
+        assert!(exit.process.status.success(), "{exit}");
+    }
+}
+
+#[tokio::test]
+async fn full_console_stops_neither_qemu_nor_its_control_channel() {
+    let Some(qemu) = qemu() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let (spec, console) = spec(write_kernel(directory.path(), "", Ending::WriteForever));
+    let vm = qemu.launch(spec).await.unwrap();
+    // More than the pipe holds: the guest has met the full pipe and went on when it was read.
+    let (length, console) = read_console_bytes(console, 200_000).await;
+    assert_eq!(length, 200_000);
+    assert!(vm.is_running().await.unwrap());
+    drop(console);
+    assert!(vm.is_running().await.unwrap());
+}
+
+#[tokio::test]
+async fn hardware_is_recorded_with_the_version() {
+    let Some(qemu) = qemu() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = write_kernel(directory.path(), "", Ending::Halt);
+    let disk_path = directory.path().join("disk");
+    std::fs::write(&disk_path, vec![0; 4096]).unwrap();
+    let mut lines = Vec::new();
+    for _ in 0..2 {
+        let (mut spec, _console) = spec(kernel.clone());
+        spec.disks.push(DiskSpec {
+            file: std::fs::File::open(&disk_path).unwrap(),
+            serial: "fcvm-root".to_owned(),
+            read_only: true,
+        });
+        let vm = qemu.launch(spec).await.unwrap();
+        assert_eq!(vm.version(), qemu.check_version().unwrap());
+        lines.push(vm.device_line().clone());
+    }
+    assert_eq!(lines[0], lines[1]);
+}
+
+#[tokio::test]
+async fn bad_specifications_are_refused_before_qemu_runs() {
+    let Some(qemu) = qemu() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = write_kernel(directory.path(), "", Ending::Halt);
+    let (mut no_cpu, _console) = spec(kernel.clone());
+    no_cpu.cpu_count = 0;
+    let (no_kernel, _console) = spec(directory.path().join("missing"));
+    let (mut bad_serial, _console) = spec(kernel);
+    bad_serial.disks.push(DiskSpec {
+        file: tempfile::tempfile().unwrap(),
+        serial: "a,read-only=off".to_owned(),
+        read_only: true,
+    });
+    for (spec, expected) in [
+        (no_cpu, "0 processors"),
+        (no_kernel, "missing: No such file"),
+        (bad_serial, "disk serial 'a,read-only=off'"),
+    ] {
+        let error = qemu.launch(spec).await.unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn qemu_that_gives_up_says_why() {
+    let Some(qemu) = qemu() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("kernel");
+    std::fs::write(&kernel, "no kernel at all").unwrap();
+    let (spec, _console) = spec(kernel);
+    let error = qemu.launch(spec).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with("the VM did not start: qemu exited with status 1: "),
+        "{error}"
+    );
+    assert!(!error.contains('\n'), "{error}");
+}
+
+#[tokio::test]
+async fn qemu_that_is_missing_or_too_old() {
+    let error = Qemu::locate(None, "/nonexistent").unwrap_err();
+    assert!(error.to_string().contains("install"), "{error}");
+    let directory = tempfile::tempdir().unwrap();
+    let script = directory.path().join("qemu-system-x86_64");
+    let text = "#!/bin/sh\ncase $1 in --version) echo 'QEMU emulator version 5.2.0 (old)';;\n\
+                *) echo 'unknown option' >&2; exit 1;; esac\n";
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let old = Qemu::locate(Some(&script), "").unwrap();
+    let kernel = write_kernel(directory.path(), "", Ending::Halt);
+    let (spec, _console) = spec(kernel);
+    let error = old.launch(spec).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::TooOld { .. }), "{error}");
+    assert!(
+        error.to_string().contains("5.2.0") && error.to_string().contains("7.2.0 or later"),
+        "{error}"
+    );
+}
