@@ -1,0 +1,128 @@
+//! The files of the container that belong to the VM, not to the image: hosts, host name,
+//! resolv.conf, machine-id. They live on the agent's tmpfs and are bind-mounted, so that the
+//! image's own files stay untouched.
+
+use std::fmt::Write;
+use std::fs;
+
+use fcvm_types::guest::GuestPlan;
+use fcvm_wire::Failure;
+
+use crate::failure::Context;
+
+/// Directory of the agent that holds them.
+pub(crate) const DIRECTORY: &str = "/files";
+
+/// Name below [`DIRECTORY`] and path in the container.
+pub(crate) const FILES: [(&str, &str); 4] = [
+    ("hosts", "/etc/hosts"),
+    ("hostname", "/etc/hostname"),
+    ("resolv.conf", "/etc/resolv.conf"),
+    ("machine-id", "/etc/machine-id"),
+];
+
+/// Writes them. Without network there is no resolv.conf: the image's own is as good.
+pub(crate) fn write(plan: &GuestPlan) -> Result<(), Failure> {
+    let write = |name: &str, text: &str| {
+        fs::write(format!("{DIRECTORY}/{name}"), text).context("writing the container's files")
+    };
+    write("hosts", &hosts(plan))?;
+    write("hostname", &format!("{}\n", plan.hostname))?;
+    write("machine-id", &format!("{}\n", plan.machine_id))?;
+    match resolv_conf(plan) {
+        Some(text) => write("resolv.conf", &text),
+        None => Ok(()),
+    }
+}
+
+fn hosts(plan: &GuestPlan) -> String {
+    let mut text = String::from("127.0.0.1\tlocalhost localhost.localdomain\n");
+    text.push_str("::1\tlocalhost localhost.localdomain\n");
+    for (address, names) in &plan.extra_hosts {
+        let _ = writeln!(text, "{address}\t{names}");
+    }
+    match &plan.network {
+        Some(network) => {
+            let _ = writeln!(text, "{}\t{}", network.address, plan.hostname);
+            if let Some(ipv6) = &network.ipv6 {
+                let _ = writeln!(text, "{}\t{}", ipv6.address, plan.hostname);
+            }
+        }
+        None => {
+            let _ = writeln!(text, "127.0.1.1\t{}", plan.hostname);
+        }
+    }
+    text
+}
+
+fn resolv_conf(plan: &GuestPlan) -> Option<String> {
+    let network = plan.network.as_ref()?;
+    let mut text = String::new();
+    if !network.dns_search.is_empty() {
+        let _ = writeln!(text, "search {}", network.dns_search.join(" "));
+    }
+    for server in &network.dns_servers {
+        let _ = writeln!(text, "nameserver {server}");
+    }
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use fcvm_types::guest::{GuestIpv6, GuestNetwork, ProcessPlan};
+
+    use super::*;
+
+    fn plan() -> GuestPlan {
+        GuestPlan {
+            hostname: "web".into(),
+            machine_id: "0".repeat(32),
+            realtime_ns: 0,
+            read_only: false,
+            network: Some(GuestNetwork {
+                address: "10.0.2.15".parse().unwrap(),
+                prefix_length: 24,
+                gateway: "10.0.2.2".parse().unwrap(),
+                ipv6: Some(GuestIpv6 {
+                    address: "fd00::15".parse().unwrap(),
+                    prefix_length: 64,
+                    gateway: "fd00::2".parse().unwrap(),
+                }),
+                dns_servers: vec!["10.0.2.3".parse().unwrap(), "fd00::3".parse().unwrap()],
+                dns_search: vec!["example".into(), "lan.example".into()],
+                mtu: 1500,
+            }),
+            extra_hosts: vec![("192.0.2.7".parse().unwrap(), "db cache".into())],
+            privileged: false,
+            process: ProcessPlan::default(),
+        }
+    }
+
+    #[test]
+    fn hosts_has_loopback_extras_and_the_own_name() {
+        assert_eq!(
+            hosts(&plan()),
+            "127.0.0.1\tlocalhost localhost.localdomain\n\
+             ::1\tlocalhost localhost.localdomain\n\
+             192.0.2.7\tdb cache\n10.0.2.15\tweb\nfd00::15\tweb\n"
+        );
+        let offline = GuestPlan {
+            network: None,
+            ..plan()
+        };
+        assert!(hosts(&offline).ends_with("127.0.1.1\tweb\n"));
+    }
+
+    #[test]
+    fn resolv_conf_has_search_and_servers() {
+        assert_eq!(
+            resolv_conf(&plan()).unwrap(),
+            "search example lan.example\nnameserver 10.0.2.3\nnameserver fd00::3\n"
+        );
+        let offline = GuestPlan {
+            network: None,
+            ..plan()
+        };
+        assert_eq!(resolv_conf(&offline), None);
+    }
+}

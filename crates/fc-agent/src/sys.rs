@@ -1,0 +1,135 @@
+//! The system calls for which the libraries have no safe form: clone, execve, signalfd, kill with any
+//! signal number. Raw calls and their safety reasons only; what they are used for is elsewhere.
+
+use std::ffi::{CStr, CString, c_char};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use rustix::io::Errno;
+use rustix::process::Pid;
+
+/// `clone3(2)`; libc's constant of this name is too narrow.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+fn last_error() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+/// Which side of a fork this is.
+pub(crate) enum Fork {
+    /// The process that forked, with its child.
+    Parent(Pid),
+    /// The new process.
+    Child,
+}
+
+/// Makes a child with copied memory, in new namespaces (`CLONE_NEW...` flags) and, where given, in a
+/// control group.
+///
+/// The agent has one thread, so the child may do whatever the parent may.
+pub(crate) fn fork(namespaces: libc::c_int, cgroup: Option<BorrowedFd<'_>>) -> Result<Fork, Errno> {
+    // SAFETY: clone_args is a plain record of integers, for which zeroes are valid.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = namespaces as u64;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: without CLONE_VM and with no stack given this is fork(2): the child gets a copy of
+    // this thread's stack and memory. No other thread exists whose locks the copy could hold.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const arguments,
+            size_of::<libc::clone_args>(),
+        )
+    };
+    match pid {
+        0 => Ok(Fork::Child),
+        pid => i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .filter(|pid| pid.as_raw_nonzero().get() > 0)
+            .map(Fork::Parent)
+            .ok_or_else(last_error),
+    }
+}
+
+/// Ends a child without running what the parent registered for its own exit.
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// Replaces the program; returns only where that fails.
+pub(crate) fn execve(program: &CStr, arguments: &[CString], environment: &[CString]) -> Errno {
+    let pointers = |strings: &[CString]| -> Vec<*const c_char> {
+        strings
+            .iter()
+            .map(|string| string.as_ptr())
+            .chain([ptr::null()])
+            .collect()
+    };
+    let (arguments, environment) = (pointers(arguments), pointers(environment));
+    // SAFETY: both lists are terminated by a null pointer and point to strings that outlive the call.
+    unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+    last_error()
+}
+
+/// Blocks SIGCHLD and gives a descriptor that becomes readable when a child has ended.
+pub(crate) fn child_signals() -> Result<OwnedFd, Errno> {
+    // SAFETY: the set is initialised by sigemptyset before it is read; the descriptor that
+    // signalfd returns is new and owned by nobody else.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        if libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) != 0 {
+            return Err(last_error());
+        }
+        let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        if fd < 0 {
+            return Err(last_error());
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Gives a child the signal mask and the dispositions that a program expects to start with: nothing
+/// blocked, everything at its default (Rust's runtime ignores SIGPIPE).
+pub(crate) fn reset_signals() {
+    // SAFETY: the set is initialised before it is read, and SIG_DFL is a valid disposition.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const set, ptr::null_mut());
+    }
+}
+
+/// Sends a signal of any number (1..=64) to a process, to a group (negative), or to all (-1).
+pub(crate) fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
+    if !(1..=64).contains(&signal) {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: kill has no memory preconditions.
+    if unsafe { libc::kill(pid, signal) } == 0 {
+        Ok(())
+    } else {
+        Err(last_error())
+    }
+}
+
+/// Makes every descriptor from 3 on close when the program is replaced.
+pub(crate) fn close_rest_on_exec() {
+    // SAFETY: the call changes flags of descriptors only.
+    unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        );
+    }
+}

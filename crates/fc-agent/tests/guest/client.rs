@@ -1,0 +1,366 @@
+//! The host's side of the protocol, as simple as a test can have it: a thread that sorts received
+//! frames by stream. Credit is given when the test takes the data, not before.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use fcvm_types::guest::{ExitStatus, GuestPlan, ProcessPlan};
+use fcvm_wire::{
+    Channel, Control, Decoder, Failure, Frame, FrameKind, Hello, MAX_DATA_BYTES, Opened, Outcome,
+    PROTOCOL_VERSION, ReceiveWindow, Request, Role, SendWindow,
+};
+
+use crate::lab::{Guest, Tools};
+
+/// Longer than anything takes on a loaded machine.
+const LIMIT: Duration = Duration::from_secs(240);
+
+type Routes = Arc<Mutex<HashMap<u32, Sender<Frame>>>>;
+
+/// A booted guest and the connection to its agent.
+pub(crate) struct Vm {
+    /// The guest.
+    pub guest: Guest,
+    /// What the agent said first.
+    pub(crate) hello: Hello,
+    socket: Arc<Mutex<UnixStream>>,
+    routes: Routes,
+    next: u32,
+}
+
+impl Vm {
+    /// Boots a guest and exchanges greetings.
+    pub(crate) fn boot(tools: &Tools) -> Self {
+        let (guest, socket) = Guest::boot(tools);
+        let routes = Routes::default();
+        let (sender, receiver) = channel();
+        routes.lock().unwrap().insert(0, sender);
+        let reader = socket.try_clone().unwrap();
+        let sorted = routes.clone();
+        std::thread::spawn(move || sort_frames(reader, &sorted));
+        let mut vm = Self {
+            guest,
+            hello: Hello {
+                protocol: 0,
+                role: Role::Owner,
+                program: String::new(),
+                session: 0,
+            },
+            socket: Arc::new(Mutex::new(socket)),
+            routes,
+            next: 1,
+        };
+        vm.hello = receiver
+            .recv_timeout(LIMIT)
+            .expect("the agent says hello")
+            .parse()
+            .unwrap();
+        vm
+    }
+
+    /// Answers the greeting.
+    pub(crate) fn greet(&self) {
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+            role: Role::Owner,
+            program: "test".into(),
+            session: 1,
+        };
+        self.send(&Frame::message(FrameKind::Hello, 0, &hello));
+    }
+
+    /// Boots, greets, and runs a container.
+    pub(crate) fn run(tools: &Tools, plan: &GuestPlan) -> (Self, Stream) {
+        let mut vm = Self::boot(tools);
+        vm.greet();
+        let plan = Box::new(plan.clone());
+        let stream = vm.open(&Request::Run { plan });
+        (vm, stream)
+    }
+
+    /// Sends raw bytes.
+    pub(crate) fn send_bytes(&self, bytes: &[u8]) {
+        let _ = self.socket.lock().unwrap().write_all(bytes);
+    }
+
+    /// Sends a frame.
+    pub(crate) fn send(&self, frame: &Frame) {
+        let mut bytes = Vec::new();
+        frame.encode(&mut bytes);
+        self.send_bytes(&bytes);
+    }
+
+    /// Opens a stream.
+    pub(crate) fn open(&mut self, request: &Request) -> Stream {
+        let id = self.next;
+        self.next += 1;
+        let (sender, receiver) = channel();
+        self.routes.lock().unwrap().insert(id, sender);
+        self.send(&Frame::message(FrameKind::Open, id, request));
+        Stream {
+            id,
+            receiver,
+            socket: self.socket.clone(),
+            send: SendWindow::default(),
+            receive: Default::default(),
+        }
+    }
+
+    /// Runs a shell command to its end, as root.
+    pub(crate) fn shell(&mut self, script: &str) -> Output {
+        self.exec(&shell(script)).collect()
+    }
+
+    /// Starts a process.
+    pub(crate) fn exec(&mut self, process: &ProcessPlan) -> Stream {
+        self.open(&Request::Exec {
+            process: process.clone(),
+        })
+    }
+
+    /// Asks for something that has no stream of bytes.
+    pub(crate) fn ask(&mut self, request: &Request) -> Outcome {
+        self.open(request).collect().outcome
+    }
+
+    /// Powers off and waits for QEMU's end.
+    pub(crate) fn power_off(mut self) -> Guest {
+        assert_eq!(self.ask(&Request::PowerOff), Outcome::Done);
+        self.wait_end()
+    }
+
+    /// Waits for QEMU's end.
+    pub(crate) fn wait_end(mut self) -> Guest {
+        let status = self.guest.qemu.wait().unwrap();
+        assert!(status.success(), "{status}");
+        self.guest
+    }
+}
+
+fn sort_frames(mut socket: UnixStream, routes: &Routes) {
+    let mut decoder = Decoder::from_guest();
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(length @ 1..) = socket.read(&mut buffer) {
+        decoder.push(&buffer[..length]);
+        while let Some(frame) = decoder.next_frame().expect("the agent sends frames") {
+            if let Some(route) = routes.lock().unwrap().get(&frame.stream) {
+                let _ = route.send(frame);
+            }
+        }
+    }
+    routes.lock().unwrap().clear();
+}
+
+/// All that a process said.
+#[derive(Debug)]
+pub(crate) struct Output {
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: Vec<u8>,
+    pub(crate) outcome: Outcome,
+}
+
+impl Output {
+    /// Standard output as text.
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.stdout).unwrap()
+    }
+
+    /// Checks that it ended well, and gives its standard output.
+    #[track_caller]
+    pub(crate) fn ok(&self) -> &str {
+        assert_eq!(
+            self.outcome,
+            Outcome::Exited(ExitStatus::Code(0)),
+            "{} {}",
+            self.text(),
+            String::from_utf8_lossy(&self.stderr)
+        );
+        self.text()
+    }
+
+    /// The failure that it must be.
+    #[track_caller]
+    pub(crate) fn failure(&self) -> &Failure {
+        match &self.outcome {
+            Outcome::Failed(failure) => failure,
+            outcome => panic!("{outcome:?}"),
+        }
+    }
+}
+
+/// An open stream.
+pub(crate) struct Stream {
+    id: u32,
+    receiver: Receiver<Frame>,
+    socket: Arc<Mutex<UnixStream>>,
+    send: SendWindow,
+    receive: [ReceiveWindow; 3],
+}
+
+impl Stream {
+    fn send_frame(&self, frame: &Frame) {
+        let mut bytes = Vec::new();
+        frame.encode(&mut bytes);
+        let _ = self.socket.lock().unwrap().write_all(&bytes);
+    }
+
+    /// The next frame that is not credit; credit for its data is given.
+    pub(crate) fn next(&mut self) -> Frame {
+        loop {
+            let frame = self
+                .receiver
+                .recv_timeout(LIMIT)
+                .expect("the agent answers");
+            match frame.kind {
+                FrameKind::Credit => self.send.credited(frame.parse_credit().unwrap()),
+                FrameKind::Data => {
+                    let window = &mut self.receive[frame.channel as usize];
+                    window.received(frame.payload.len()).expect("flow control");
+                    if let Some(credit) = window.taken(frame.payload.len()) {
+                        self.send_frame(&Frame::credit(self.id, frame.channel, credit));
+                    }
+                    return frame;
+                }
+                _ => return frame,
+            }
+        }
+    }
+
+    /// Waits until the process has started.
+    pub(crate) fn opened(&mut self) -> Opened {
+        let frame = self.next();
+        assert_eq!(
+            frame.kind,
+            FrameKind::Opened,
+            "{}",
+            String::from_utf8_lossy(&frame.payload)
+        );
+        frame.parse().unwrap()
+    }
+
+    /// Reads standard output until a text appears.
+    pub(crate) fn expect(&mut self, text: &str) -> String {
+        let mut all = String::new();
+        while !all.contains(text) {
+            let frame = self.next();
+            match frame.kind {
+                FrameKind::Data => all.push_str(&String::from_utf8_lossy(&frame.payload)),
+                FrameKind::Closed => panic!(
+                    "'{text}' did not come: {all} {:?}",
+                    frame.parse::<Outcome>()
+                ),
+                _ => {}
+            }
+        }
+        all
+    }
+
+    /// Sends input as credit allows; gives what has arrived meanwhile.
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            while self.send.available() == 0 {
+                let frame = self
+                    .receiver
+                    .recv_timeout(LIMIT)
+                    .expect("the agent gives credit");
+                if frame.kind == FrameKind::Credit {
+                    self.send.credited(frame.parse_credit().unwrap());
+                }
+            }
+            let length = bytes.len().min(MAX_DATA_BYTES).min(self.send.available());
+            let (now, later) = bytes.split_at(length);
+            self.send.sent(length);
+            self.send_frame(&Frame::data(self.id, Channel::Stdin, now.to_vec()));
+            bytes = later;
+        }
+    }
+
+    /// Ends the input.
+    pub(crate) fn end_input(&self) {
+        self.send_frame(&Frame::eof(self.id, Channel::Stdin));
+    }
+
+    /// Sends a control message.
+    pub(crate) fn control(&self, control: Control) {
+        self.send_frame(&Frame::message(FrameKind::Control, self.id, &control));
+    }
+
+    /// Abandons the stream.
+    pub(crate) fn reset(&self) {
+        self.send_frame(&Frame::new(FrameKind::Reset, self.id, Vec::new()));
+    }
+
+    /// Reads to the end.
+    pub(crate) fn collect(&mut self) -> Output {
+        let mut output = Output {
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+            outcome: Outcome::Done,
+        };
+        let mut ended = [false; 3];
+        loop {
+            let frame = self.next();
+            let channel = frame.channel as usize;
+            match (frame.kind, frame.channel) {
+                (FrameKind::Data, _) if ended[channel] => panic!("data after the end"),
+                (FrameKind::Data, Channel::Stdout) => output.stdout.extend(frame.payload),
+                (FrameKind::Data, Channel::Stderr) => output.stderr.extend(frame.payload),
+                (FrameKind::Eof, _) => ended[channel] = true,
+                (FrameKind::Opened, _) => {}
+                (FrameKind::Closed, _) => {
+                    output.outcome = frame.parse().unwrap();
+                    return output;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+/// Podman's default capabilities.
+pub(crate) const CAPABILITIES: [&str; 11] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+/// A process with Podman's default capabilities.
+pub(crate) fn process(arguments: &[&str]) -> ProcessPlan {
+    ProcessPlan {
+        args: arguments.iter().map(|text| (*text).to_owned()).collect(),
+        env: vec!["PATH=/bin".into()],
+        capabilities: CAPABILITIES.iter().map(|name| (*name).to_owned()).collect(),
+        ..ProcessPlan::default()
+    }
+}
+
+/// A shell command.
+pub(crate) fn shell(script: &str) -> ProcessPlan {
+    process(&["sh", "-c", script])
+}
+
+/// A plan around a process.
+pub(crate) fn plan(process: ProcessPlan) -> GuestPlan {
+    GuestPlan {
+        hostname: "lab".into(),
+        machine_id: "0123456789abcdef0123456789abcdef".into(),
+        realtime_ns: 1_800_000_000_000_000_000,
+        read_only: false,
+        network: None,
+        extra_hosts: Vec::new(),
+        privileged: false,
+        process,
+    }
+}
