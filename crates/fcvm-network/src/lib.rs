@@ -1,1 +1,27 @@
 //! Networks of VMs: rootless user-mode networking and published ports.
+//!
+//! [`attach`] makes the host's side of a VM's network interface and says how the guest configures
+//! its own. Two backends: passt (`passt.rs`), a process of its own on a socket that the owner keeps,
+//! so that the guest's connections can outlive a hypervisor process; and the hypervisor's built-in
+//! user-mode network, where passt is missing. Neither needs root.
+//!
+//! What the guest can reach: whatever the host can, by the host's own routes and name servers, the
+//! host's own addresses included. Services that the host runs on its loopback alone can not be reached
+//! through passt (but for one case, told in a note: a UDP port is published and passt is of before
+//! August 2024); through the built-in network they can (at 10.0.2.2), which QEMU has no switch against.
+//!
+//! Not here: the virtual network card (`fcvm-hypervisor`) and the guest's side of the configuration
+//! (`fc-agent`).
+
+#![forbid(unsafe_code)]
+
+mod attach;
+mod error;
+mod host;
+mod passt;
+mod ports;
+
+pub use attach::{Attachment, Backend, NetworkMode, NetworkOptions, attach};
+pub use error::NetworkError;
+pub use host::{HostResolver, HostRoutes};
+pub use passt::find_passt;

@@ -223,7 +223,7 @@ fn check(spec: &LaunchSpec) -> Result<(), HypervisorError> {
         );
     }
     let size = spec.memory.size();
-    if size < MEMORY_MIN || size.bytes() % 4096 != 0 {
+    if size < MEMORY_MIN || !size.bytes().is_multiple_of(4096) {
         return refuse(
             format!("{size} of memory"),
             format!("it needs at least {MEMORY_MIN}, in whole pages of 4 KiB"),

@@ -1,0 +1,182 @@
+//! Choosing a backend and setting it up.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use fcvm_process::HelperProcess;
+use fcvm_types::PortMapping;
+use fcvm_types::guest::{GuestIpv6, GuestNetwork};
+
+use crate::error::NetworkError;
+use crate::host::{HostResolver, HostRoutes};
+use crate::passt::HostLoopback;
+use crate::{passt, ports};
+
+pub(crate) const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+pub(crate) const GUEST_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+pub(crate) const GUEST_NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+pub(crate) const GUEST_PREFIX: u8 = 24;
+/// Address of every guest's interface: each is alone on its link, so it can be the same, and a
+/// clone need not change it.
+pub(crate) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0xfc, 0x00, 0x0f];
+
+/// libslirp's IPv6 network.
+const USER_IPV6_ADDRESS: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0x0f);
+const USER_IPV6_GATEWAY: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0x02);
+const USER_MTU: u16 = 1500;
+
+/// What a VM is connected to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkMode {
+    /// The host's network, through sockets of an ordinary user.
+    Rootless,
+    /// Nothing.
+    None,
+}
+
+/// What a network is set up from.
+#[derive(Debug, Clone, Default)]
+pub struct NetworkOptions {
+    /// Published ports.
+    pub ports: Vec<PortMapping>,
+    /// The passt program; the hypervisor's user-mode network is used where absent.
+    pub passt: Option<PathBuf>,
+    /// The host's name servers and search domains.
+    pub resolver: HostResolver,
+    /// The host's routes.
+    pub routes: HostRoutes,
+}
+
+/// A network that is ready for a guest. Dropping it takes it down.
+#[derive(Debug)]
+pub struct Attachment {
+    /// What the hypervisor connects the network card to.
+    pub backend: Backend,
+    /// Address of the guest's interface.
+    pub mac: [u8; 6],
+    /// How the guest configures its interface; absent where it has none.
+    pub guest: Option<GuestNetwork>,
+    /// The process that carries the traffic, where there is one. When it ends, so does the network.
+    pub helper: Option<HelperProcess>,
+    /// Something that the user should know.
+    pub note: Option<String>,
+}
+
+/// What the hypervisor connects the network card to.
+#[derive(Debug)]
+pub enum Backend {
+    /// No network card.
+    None,
+    /// A connected stream socket to passt. passt ends when the last copy of it is closed.
+    Passt(OwnedFd),
+    /// The hypervisor's own user-mode network.
+    User {
+        /// Ports that it publishes.
+        forwards: Vec<PortMapping>,
+        /// It has IPv6.
+        ipv6: bool,
+    },
+}
+
+impl Backend {
+    /// `none`, `passt` or `user`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Passt(_) => "passt",
+            Self::User { .. } => "user",
+        }
+    }
+}
+
+/// Sets a network up. Must be called within a tokio runtime, on a thread that outlives the network
+/// (see [`fcvm_process::HelperCommand`]).
+///
+/// # Errors
+///
+/// A port can not be published, or passt does not start. Nothing is left of the network then.
+pub async fn attach(
+    mode: NetworkMode,
+    options: &NetworkOptions,
+) -> Result<Attachment, NetworkError> {
+    match (mode, &options.passt) {
+        (NetworkMode::None, _) => no_network(options),
+        (NetworkMode::Rootless, Some(program)) => passt_network(program, options).await,
+        (NetworkMode::Rootless, None) => user_network(options),
+    }
+}
+
+fn no_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
+    if let Some(port) = options.ports.first() {
+        return Err(NetworkError::PortsWithoutNetwork { port: port.clone() });
+    }
+    Ok(Attachment {
+        backend: Backend::None,
+        mac: GUEST_MAC,
+        guest: None,
+        helper: None,
+        note: None,
+    })
+}
+
+async fn passt_network(
+    program: &Path,
+    options: &NetworkOptions,
+) -> Result<Attachment, NetworkError> {
+    ports::check(&options.ports, options.routes.has_ipv6())?;
+    let loopback = HostLoopback::choose(program, &options.ports);
+    let (helper, socket) = passt::start(program, &options.ports, &options.routes, loopback).await?;
+    let note = (loopback == HostLoopback::AtGateway).then(|| {
+        "this passt is of before August 2024 and a UDP port is published, so the guest reaches the \
+         services of the host's loopback at 10.0.2.2; a newer passt would keep them apart"
+            .to_owned()
+    });
+    Ok(Attachment {
+        backend: Backend::Passt(socket),
+        mac: GUEST_MAC,
+        guest: Some(passt::guest(&options.resolver, &options.routes)),
+        helper: Some(helper),
+        note,
+    })
+}
+
+fn user_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
+    let is_ipv6 = |port: &&PortMapping| matches!(port.host_address, Some(IpAddr::V6(_)));
+    if let Some(port) = options.ports.iter().find(is_ipv6) {
+        return Err(NetworkError::NoIpv6 {
+            port: port.clone(),
+            reason: "QEMU's user-mode network listens on IPv4 addresses only; install passt",
+        });
+    }
+    ports::check(&options.ports, false)?;
+    let ipv6 = options.routes.has_ipv6();
+    let guest = GuestNetwork {
+        address: GUEST_ADDRESS,
+        prefix_length: GUEST_PREFIX,
+        gateway: GUEST_GATEWAY,
+        ipv6: ipv6.then_some(GuestIpv6 {
+            address: USER_IPV6_ADDRESS,
+            prefix_length: 64,
+            gateway: USER_IPV6_GATEWAY,
+        }),
+        dns_servers: vec![GUEST_NAME_SERVER.into()],
+        dns_search: options.resolver.search.clone(),
+        mtu: USER_MTU,
+    };
+    Ok(Attachment {
+        backend: Backend::User {
+            forwards: options.ports.clone(),
+            ipv6,
+        },
+        mac: GUEST_MAC,
+        guest: Some(guest),
+        helper: None,
+        note: Some(
+            "passt is not installed, so the VM has QEMU's user-mode network: slower, without \
+             published ports on IPv6, and the guest reaches the services of the host's loopback \
+             at 10.0.2.2; install the package passt"
+                .to_owned(),
+        ),
+    })
+}
