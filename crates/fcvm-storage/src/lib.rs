@@ -1,1 +1,20 @@
 //! Disks of VMs.
+//!
+//! [`ScratchStore`] makes the writable disk of a VM: a clone of an empty file system, in a file that
+//! has no name, so that it ends with the processes that have it open. [`reflink_support`] and
+//! [`free_bytes`] tell what the file system of a directory can do.
+//!
+//! Not here: the read-only root image (`fcvm-image`), and how a disk is presented to the guest
+//! (`fcvm-hypervisor`).
+
+#![forbid(unsafe_code)]
+
+mod clone;
+mod error;
+mod host;
+mod scratch;
+
+pub use clone::CloneMethod;
+pub use error::StorageError;
+pub use host::{free_bytes, reflink_support};
+pub use scratch::{SCRATCH_SIZE_MAX, SCRATCH_SIZE_MIN, ScratchDisk, ScratchStore, find_mkfs};

@@ -9,7 +9,7 @@ use fcvm_hypervisor::{Accelerator, GuestMemory, LaunchSpec};
 use fcvm_types::ByteSize;
 
 /// QEMU of this machine; says that the test is skipped where there is none.
-pub fn qemu() -> Option<Qemu> {
+pub(crate) fn qemu() -> Option<Qemu> {
     match Qemu::locate(None, &std::env::var("PATH").unwrap_or_default()) {
         Ok(qemu) => Some(qemu),
         Err(error) => {
@@ -21,7 +21,7 @@ pub fn qemu() -> Option<Qemu> {
 
 /// Machine code for a 32-bit flat environment, position independent but for the text's address.
 #[derive(Clone, Copy)]
-pub enum Ending {
+pub(crate) enum Ending {
     /// Stay there, with the processor halted.
     Halt,
     /// Power off through the ACPI registers of QEMU's microvm.
@@ -37,7 +37,7 @@ const HEADER_BYTES: u32 = 64 + 2 * 56;
 
 /// Writes a kernel that prints `text` on the serial console and ends as told: an ELF file with a
 /// PVH entry (Xen's PHYS32_ENTRY note), which is what QEMU boots a `vmlinux` by.
-pub fn write_kernel(directory: &Path, text: &str, ending: Ending) -> PathBuf {
+pub(crate) fn write_kernel(directory: &Path, text: &str, ending: Ending) -> PathBuf {
     let mut code: Vec<u8> = vec![0xfa, 0xba, 0xf8, 0x03, 0, 0, 0xbe]; // cli; mov edx,0x3f8; mov esi,
     let text_at = code.len();
     code.extend([0; 4]); // the text's address
@@ -98,7 +98,7 @@ fn program_header(file: &mut Vec<u8>, kind: u32, flags: u32, offset: u64, to: u3
 }
 
 /// A specification without disks and network, and the reading end of its console.
-pub fn spec(kernel: PathBuf) -> (LaunchSpec, File) {
+pub(crate) fn spec(kernel: PathBuf) -> (LaunchSpec, File) {
     let (reader, writer) = std::io::pipe().unwrap();
     let spec = LaunchSpec {
         cpu_count: 1,
@@ -115,7 +115,7 @@ pub fn spec(kernel: PathBuf) -> (LaunchSpec, File) {
 }
 
 /// Reads from a console until `text` was seen, or the console has ended.
-pub async fn read_console_until(console: File, text: &'static str) -> (String, File) {
+pub(crate) async fn read_console_until(console: File, text: &'static str) -> (String, File) {
     tokio::task::spawn_blocking(move || {
         let mut console = console;
         let mut seen = Vec::new();
@@ -133,7 +133,7 @@ pub async fn read_console_until(console: File, text: &'static str) -> (String, F
 }
 
 /// Reads so many bytes from a console and returns how many there were.
-pub async fn read_console_bytes(console: File, length: u64) -> (u64, File) {
+pub(crate) async fn read_console_bytes(console: File, length: u64) -> (u64, File) {
     tokio::task::spawn_blocking(move || {
         let mut part = console.take(length);
         let read = std::io::copy(&mut part, &mut std::io::sink()).unwrap();

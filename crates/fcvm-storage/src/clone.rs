@@ -1,0 +1,126 @@
+//! Copying a file so that the copy shares what it can with the original.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+/// Bytes copied at a time where the kernel can not copy by itself.
+const COPY_BYTES: usize = 128 << 10;
+
+/// How a clone was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CloneMethod {
+    /// It shares the original's blocks until one of the two is written.
+    Reflink,
+    /// The original's bytes were copied, its holes left out.
+    Copy,
+}
+
+/// Makes the empty `target` a copy of `source`.
+pub(crate) fn clone_file(source: &File, target: &File) -> io::Result<CloneMethod> {
+    if reflink(source, target)? {
+        return Ok(CloneMethod::Reflink);
+    }
+    sparse_copy(source, target)?;
+    Ok(CloneMethod::Copy)
+}
+
+/// Shares all blocks of `source` with `target`, ioctl_ficlone(2); false where the file system can
+/// not.
+pub(crate) fn reflink(source: &File, target: &File) -> io::Result<bool> {
+    match rustix::fs::ioctl_ficlone(target, source) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {
+            Ok(false)
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Copies the parts that are no holes.
+fn sparse_copy(source: &File, target: &File) -> io::Result<()> {
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut offset = 0;
+    while offset < length {
+        let start = match rustix::fs::seek(source, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            // Only a hole is left.
+            Err(Errno::NXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = rustix::fs::seek(source, SeekFrom::Hole(start))?.min(length);
+        copy_range(source, target, start, end)?;
+        offset = end;
+    }
+    Ok(())
+}
+
+fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
+    let mut at = start;
+    while at < end {
+        let (mut from, mut to) = (at, at);
+        let count = usize::try_from(end - at).unwrap_or(usize::MAX);
+        let copied =
+            rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), count);
+        match copied {
+            Ok(copied) if copied > 0 => at += copied as u64,
+            // The file became shorter, or this pair of file systems can not.
+            Ok(_) | Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                return copy_bytes(source, target, at, end);
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_bytes(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut at = start;
+    while at < end {
+        let wanted = buffer
+            .len()
+            .min(usize::try_from(end - at).unwrap_or(usize::MAX));
+        source.read_exact_at(&mut buffer[..wanted], at)?;
+        target.write_all_at(&buffer[..wanted], at)?;
+        at += wanted as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn holes_stay_holes_and_bytes_arrive() {
+        let source = tempfile::tempfile().unwrap();
+        source.set_len(64 << 20).unwrap();
+        source.write_all_at(&[7; 5000], 1 << 20).unwrap();
+        source.write_all_at(&[9; 3], (64 << 20) - 3).unwrap();
+        for copy in [sparse_copy, |source: &File, target: &File| {
+            target.set_len(64 << 20)?;
+            copy_bytes(source, target, 1 << 20, (1 << 20) + 5000)?;
+            copy_bytes(source, target, (64 << 20) - 3, 64 << 20)
+        }] {
+            let target = tempfile::tempfile().unwrap();
+            copy(&source, &target).unwrap();
+            let data = target.metadata().unwrap();
+            assert_eq!(data.len(), 64 << 20);
+            assert!(data.blocks() * 512 < 1 << 20, "{} blocks", data.blocks());
+            let mut bytes = [0; 5001];
+            target.read_exact_at(&mut bytes, 1 << 20).unwrap();
+            assert_eq!(bytes[..5000], [7; 5000]);
+            assert_eq!(bytes[5000], 0);
+            let mut end = [0; 3];
+            target.read_exact_at(&mut end, (64 << 20) - 3).unwrap();
+            assert_eq!(end, [9; 3]);
+        }
+    }
+}

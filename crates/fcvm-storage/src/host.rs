@@ -1,0 +1,72 @@
+//! What the file system of a directory can do.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::clone::reflink;
+use crate::error::StorageError;
+
+/// Whether files in `directory` can be cloned without copying their bytes: FICLONE, ioctl_ficlone(2).
+/// Tried with two files that have no name.
+///
+/// # Errors
+///
+/// No file can be written there.
+pub fn reflink_support(directory: &Path) -> Result<bool, StorageError> {
+    let attempt = || {
+        let mut source = nameless_file(directory)?;
+        source.write_all(&[1; 4096])?;
+        reflink(&source, &nameless_file(directory)?)
+    };
+    attempt().map_err(|source| StorageError::from_io("try to clone a file", directory, source))
+}
+
+/// Bytes that an ordinary user can still write on the file system of `directory`, statvfs(3).
+///
+/// # Errors
+///
+/// The directory is not there or can not be reached.
+pub fn free_bytes(directory: &Path) -> Result<u64, StorageError> {
+    let found = rustix::fs::statvfs(directory).map_err(|errno| {
+        StorageError::from_io("ask for the free space", directory, errno.into())
+    })?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// An open file in `directory` that has no name and ends with its last descriptor.
+pub(crate) fn nameless_file(directory: &Path) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::TMPFILE;
+    match rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(file) => Ok(file.into()),
+        // File systems without it: the older overlayfs, NFS. A kill in the moment before the name
+        // is gone would leave an empty file.
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
+            let name = directory.join(format!(".unnamed-{}", std::process::id()));
+            let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
+            let file = rustix::fs::open(&name, flags, Mode::RUSR | Mode::WUSR)?;
+            rustix::fs::unlinkat(CWD, &name, AtFlags::empty())?;
+            Ok(file.into())
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_left_behind_and_space_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        reflink_support(directory.path()).unwrap();
+        assert_eq!(directory.path().read_dir().unwrap().count(), 0);
+        assert!(free_bytes(directory.path()).unwrap() > 0);
+        let missing = directory.path().join("missing");
+        let error = free_bytes(&missing).unwrap_err().to_string();
+        assert!(error.contains("missing: No such file"), "{error}");
+    }
+}
