@@ -18,6 +18,7 @@ use tracing::Instrument;
 
 use crate::identity::process_identity;
 use crate::tail::Tail;
+use crate::watch::watch_readable;
 
 /// Lines of a helper's standard error that go to the log; a guest may be able to provoke more.
 const LOGGED_LINES_MAX: usize = 50;
@@ -183,9 +184,7 @@ fn watch_child(child: &Child) -> io::Result<(ProcessIdentity, AsyncFd<OwnedFd>)>
     let pid = Pid::from_child(child);
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
     let identity = process_identity(pid.as_raw_nonzero().get())?;
-    // SAFETY: an `OwnedFd` is one open descriptor from its making to its drop, and always the same.
-    let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, tokio::io::Interest::READABLE) }?;
-    Ok((identity, pidfd))
+    Ok((identity, watch_readable(pidfd)?))
 }
 
 /// Reads a helper's standard error to its end: always, so that a full pipe never stops the helper.

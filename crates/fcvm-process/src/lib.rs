@@ -4,14 +4,17 @@
 //! controlling terminal. It is killed when its [`HelperProcess`] is dropped and when the owner dies
 //! in any other way. What it writes to standard error is kept, bounded, for error messages.
 //!
-//! The `unsafe` that starting a process needs is in `spawn.rs` and nowhere else. What the helpers
+//! The `unsafe` that starting a process needs is in `spawn.rs`, that of waiting for a descriptor in
+//! `watch.rs`, and nowhere else. What the helpers
 //! are and how they are spoken to is the business of the crates that start them.
 
 mod helper;
 mod identity;
 mod spawn;
 mod tail;
+mod watch;
 
 pub use helper::{HelperExit, HelperProcess};
-pub use identity::{is_running, process_identity};
+pub use identity::{is_running, kill, process_identity, wait_gone};
 pub use spawn::HelperCommand;
+pub use watch::watch_readable;
