@@ -96,7 +96,7 @@ impl serde::Serialize for Digest {
 }
 
 /// Counts and hashes a stream as it passes.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Hasher {
     state: Sha256,
     size_bytes: u64,

@@ -5,11 +5,18 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bootstrap;
+mod compose;
 pub mod digest;
+pub mod format;
 pub mod progress;
 pub mod reference;
 pub mod rootfs;
+pub mod store;
+mod tool;
 
 pub use digest::Digest;
+pub use format::Platform;
 pub use progress::{Progress, Silent, Task};
 pub use reference::Reference;
+pub use store::{Image, ImageStore, Layer, StoreError};

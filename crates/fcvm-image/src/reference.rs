@@ -46,7 +46,10 @@ impl Reference {
         } else {
             text.parse::<Self>()
         };
-        let reference = reference.map_err(|error| ReferenceError { text: shown(text), ..error })?;
+        let reference = reference.map_err(|error| ReferenceError {
+            text: shown(text),
+            ..error
+        })?;
         if reference.digest().is_some() {
             return Err(ReferenceError {
                 text: shown(text),
@@ -122,7 +125,12 @@ impl FromStr for Reference {
     type Err = ReferenceError;
 
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
-        let refuse = |reason| Err(ReferenceError { text: shown(text), reason });
+        let refuse = |reason| {
+            Err(ReferenceError {
+                text: shown(text),
+                reason,
+            })
+        };
         if text.is_empty() {
             return refuse("it is empty");
         }
@@ -195,7 +203,10 @@ mod tests {
             ("localhost/x", "localhost/x:latest"),
             ("localhost:5000/x", "localhost:5000/x:latest"),
             ("host:5000/a/b", "host:5000/a/b:latest"),
-            ("registry.example/a__b/c-d.e:V1.0_x", "registry.example/a__b/c-d.e:V1.0_x"),
+            (
+                "registry.example/a__b/c-d.e:V1.0_x",
+                "registry.example/a__b/c-d.e:V1.0_x",
+            ),
             ("x:5000", "docker.io/library/x:5000"),
             (&with_digest, &with_digest),
             (&digest_only, &format!("docker.io/library/debian@{DIGEST}")),
@@ -251,8 +262,14 @@ mod tests {
             assert_eq!(Reference::parse_local(text).unwrap().to_string(), full);
         }
         assert!(Reference::parse_local(&format!("a@{DIGEST}")).is_err());
-        let found: Vec<String> = candidates("debian").iter().map(Reference::to_string).collect();
-        assert_eq!(found, ["localhost/debian:latest", "docker.io/library/debian:latest"]);
+        let found: Vec<String> = candidates("debian")
+            .iter()
+            .map(Reference::to_string)
+            .collect();
+        assert_eq!(
+            found,
+            ["localhost/debian:latest", "docker.io/library/debian:latest"]
+        );
         assert_eq!(candidates("registry.example/a").len(), 1);
         assert!(candidates("A B").is_empty());
     }
