@@ -1,0 +1,385 @@
+//! The command line: what can be written, not what it does (that is `commands/`).
+
+pub mod image;
+pub mod run;
+pub mod system;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use fcvm_types::VmName;
+use std::path::PathBuf;
+
+/// Run container images, each in its own microVM.
+#[derive(Debug, Parser)]
+#[command(
+    name = "fcvm",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    after_help = "Examples:\n  \
+        fcvm setup                                     fetch the guest kernel, check this host\n  \
+        fcvm image bootstrap debian:bookworm           make an image from Debian's packages\n  \
+        fcvm run --rm debian:bookworm uname -a         run a command in a microVM of its own\n  \
+        fcvm run -d --name web -p 8080:80 IMAGE        run a service in the background\n  \
+        fcvm exec -it web sh                           a shell in it\n\n\
+        Exit codes: the container's own; 125 when fcvm itself fails, 126 when the command cannot\n\
+        be executed, 127 when it does not exist, 128+N when signal N ended it."
+)]
+pub struct Arguments {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: GlobalOptions,
+    /// The verb.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct GlobalOptions {
+    /// Where images, kernels and the state of VMs are kept [default: /var/lib/fcvm for root, else
+    /// $XDG_DATA_HOME/fcvm or ~/.local/share/fcvm]
+    #[arg(
+        long,
+        global = true,
+        env = "FCVM_DATA_DIR",
+        value_name = "DIR",
+        help_heading = "Global options"
+    )]
+    pub data_dir: Option<PathBuf>,
+    /// Where sockets are kept [default: /run/fcvm for root, else $XDG_RUNTIME_DIR/fcvm]
+    #[arg(
+        long,
+        global = true,
+        env = "FCVM_RUNTIME_DIR",
+        value_name = "DIR",
+        help_heading = "Global options"
+    )]
+    pub runtime_dir: Option<PathBuf>,
+    /// What is logged to stderr: error, warn, info, debug, trace, or tracing directives
+    #[arg(
+        long,
+        global = true,
+        env = "FCVM_LOG",
+        value_name = "LEVEL",
+        default_value = "warn",
+        help_heading = "Global options"
+    )]
+    pub log_level: String,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a command in a new microVM
+    Run(Box<run::RunArguments>),
+    /// The same commands, for those used to Podman's spelling
+    #[command(subcommand)]
+    Podman(PodmanCommand),
+    /// Run another process in a running VM
+    Exec(ExecArguments),
+    /// List VMs
+    #[command(visible_alias = "ps", alias = "list")]
+    Ls(LsArguments),
+    /// Show what a VM's container wrote
+    Logs(LogsArguments),
+    /// Copy files between a VM and the host
+    Cp(CpArguments),
+    /// Stop VMs: the stop signal, a grace period, then the end
+    Stop(StopArguments),
+    /// Send a signal to the containers of VMs
+    Kill(KillArguments),
+    /// Remove VMs
+    Rm(RmArguments),
+    /// Wait until VMs have ended and print their exit codes
+    Wait(WaitArguments),
+    /// Show all that is known of VMs, images, as JSON
+    Inspect(InspectArguments),
+    /// Show the processes of a VM
+    Top(TopArguments),
+    /// Show what VMs use
+    Stats(StatsArguments),
+    /// Stop the virtual processors of VMs
+    Pause(VmsArguments),
+    /// Let paused VMs go on
+    Unpause(VmsArguments),
+    /// Manage images
+    #[command(subcommand)]
+    Image(image::ImageCommand),
+    /// Prepare this host: guest kernel, checks
+    Setup(system::SetupArguments),
+    /// Disk usage and clean-up
+    #[command(subcommand)]
+    System(system::SystemCommand),
+    /// Checks of this installation
+    #[command(subcommand)]
+    Test(system::TestCommand),
+    /// Print a completion script for a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// Existing directory
+        directory: PathBuf,
+    },
+    /// The owner process of a detached VM
+    #[command(hide = true)]
+    Owner,
+    /// The throw-away guest that shows whether KVM runs guests
+    #[command(hide = true)]
+    ProbeGuest,
+    /// Fork a running VM (not in this version)
+    #[command(hide = true, alias = "clone", disable_help_flag = true)]
+    Fork(Later),
+    /// Snapshots (not in this version)
+    #[command(hide = true, disable_help_flag = true)]
+    Snapshot(Later),
+    /// The block-cloning pool (not in this version)
+    #[command(hide = true, disable_help_flag = true)]
+    Pool(Later),
+    /// Kernel builds (not in this version)
+    #[command(hide = true, disable_help_flag = true)]
+    Kernel(Later),
+    /// The event stream (not in this version)
+    #[command(hide = true, disable_help_flag = true)]
+    Events(Later),
+    /// The HTTP API (not in this version)
+    #[command(hide = true, disable_help_flag = true)]
+    Serve(Later),
+}
+
+/// Arguments of a verb that this version refuses.
+#[derive(Debug, Args)]
+pub struct Later {
+    /// Whatever was written
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub rest: Vec<String>,
+}
+
+/// `fcvm podman ...`.
+#[derive(Debug, Subcommand)]
+pub enum PodmanCommand {
+    /// Run a command in a new microVM
+    Run(Box<run::RunArguments>),
+}
+
+/// Form of an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// For programs: stable, documented in docs/format/json-output.md
+    Json,
+}
+
+/// `fcvm exec`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  fcvm exec web cat /etc/hostname\n  fcvm exec -it web sh\n  echo hi | fcvm exec -i web tee /tmp/file"
+)]
+pub struct ExecArguments {
+    /// Pass standard input on
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Set an environment variable (NAME=value, or NAME to pass the host's value)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Run as this user: name or number, with an optional group
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Working directory in the container
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// Keep all capabilities
+    #[arg(long)]
+    pub privileged: bool,
+    /// Name, id or owner PID of the VM
+    pub vm: String,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// `fcvm ls`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  fcvm ls\n  fcvm ls -a --format json\n  fcvm rm $(fcvm ls -aq)"
+)]
+pub struct LsArguments {
+    /// Also those that have ended
+    #[arg(short, long)]
+    pub all: bool,
+    /// Only the VM of this owner process
+    #[arg(long, value_name = "N")]
+    pub pid: Option<i32>,
+    /// Only ids
+    #[arg(short, long, conflicts_with = "format")]
+    pub quiet: bool,
+    /// Do not shorten ids and commands
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// Only VMs that match: name=, id=, label=NAME[=VALUE], status=, ancestor=IMAGE
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub filter: Vec<String>,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub format: Format,
+}
+
+/// `fcvm logs`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  fcvm logs --tail 20 web\n  fcvm logs -f --since 10m web\n  fcvm logs --console web     what the guest's kernel and agent said"
+)]
+pub struct LogsArguments {
+    /// Go on with what is written from now on, until the VM ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only the last N lines
+    #[arg(long, value_name = "N", default_value = "all")]
+    pub tail: String,
+    /// Only what came since: a time (RFC 3339) or an age (90s, 10m, 3h, 2d)
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// Only what came until: a time (RFC 3339) or an age
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+    /// Show the time of each line
+    #[arg(short, long)]
+    pub timestamps: bool,
+    /// Show the guest's console in place of the container's output
+    #[arg(long, conflicts_with_all = ["timestamps", "since", "until", "follow"])]
+    pub console: bool,
+    /// Name, id or owner PID of the VM
+    pub vm: String,
+}
+
+/// `fcvm cp`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  fcvm cp web:/etc/hosts .\n  fcvm cp data/. web:/srv/data\n  fcvm cp web:/var/log - | tar t      '-' reads or writes a tar archive"
+)]
+pub struct CpArguments {
+    /// Keep the owners of the files copied into the VM (they become root's otherwise)
+    #[arg(short, long)]
+    pub archive: bool,
+    /// Follow a symbolic link at the end of the source path
+    #[arg(short = 'L', long)]
+    pub follow_link: bool,
+    /// VM:PATH, PATH or '-'
+    pub source: String,
+    /// VM:PATH, PATH or '-'
+    pub destination: String,
+}
+
+/// `fcvm stop`.
+#[derive(Debug, Args)]
+pub struct StopArguments {
+    /// Seconds between the stop signal and the end [default: the VM's own, 10]
+    #[arg(short, long, value_name = "SECONDS")]
+    pub time: Option<u32>,
+    /// All running VMs
+    #[arg(short, long)]
+    pub all: bool,
+    /// No error when a VM does not exist
+    #[arg(short, long)]
+    pub ignore: bool,
+    /// Names, ids or owner PIDs of VMs
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub vms: Vec<String>,
+}
+
+/// `fcvm kill`.
+#[derive(Debug, Args)]
+pub struct KillArguments {
+    /// Signal: name or number
+    #[arg(short, long, value_name = "SIGNAL", default_value = "KILL")]
+    pub signal: String,
+    /// All running VMs
+    #[arg(short, long)]
+    pub all: bool,
+    /// Names, ids or owner PIDs of VMs
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub vms: Vec<String>,
+}
+
+/// `fcvm rm`.
+#[derive(Debug, Args)]
+pub struct RmArguments {
+    /// Stop VMs that run; no error when a VM does not exist
+    #[arg(short, long)]
+    pub force: bool,
+    /// All VMs
+    #[arg(short, long)]
+    pub all: bool,
+    /// Names, ids or owner PIDs of VMs
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub vms: Vec<String>,
+}
+
+/// `fcvm wait`.
+#[derive(Debug, Args)]
+pub struct WaitArguments {
+    /// Names, ids or owner PIDs of VMs
+    #[arg(required = true)]
+    pub vms: Vec<String>,
+}
+
+/// `fcvm inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArguments {
+    /// Names, ids or owner PIDs of VMs; names of images where no VM is called so
+    #[arg(required = true)]
+    pub names: Vec<String>,
+}
+
+/// `fcvm top`.
+#[derive(Debug, Args)]
+pub struct TopArguments {
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub format: Format,
+    /// Name, id or owner PID of the VM
+    pub vm: String,
+}
+
+/// `fcvm stats`.
+#[derive(Debug, Args)]
+pub struct StatsArguments {
+    /// Print once and end
+    #[arg(long)]
+    pub no_stream: bool,
+    /// Seconds between two prints
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    pub interval: u32,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub format: Format,
+    /// Names, ids or owner PIDs of VMs [default: all running]
+    pub vms: Vec<String>,
+}
+
+/// A verb with VMs and no options.
+#[derive(Debug, Args)]
+pub struct VmsArguments {
+    /// All VMs to which it applies
+    #[arg(short, long)]
+    pub all: bool,
+    /// Names, ids or owner PIDs of VMs
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub vms: Vec<String>,
+}
+
+/// Reads a VM name for clap.
+pub fn parse_vm_name(text: &str) -> Result<VmName, String> {
+    text.parse()
+        .map_err(|error: fcvm_types::id::IdError| error.to_string())
+}

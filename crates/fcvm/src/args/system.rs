@@ -1,0 +1,64 @@
+//! `fcvm setup`, `fcvm system`, `fcvm test`.
+
+use clap::{Args, Subcommand};
+
+use super::Format;
+
+/// `fcvm setup`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  fcvm setup                           everything that run needs\n  fcvm setup preflight --format json    what this host can do, and the remedy for what it cannot"
+)]
+pub struct SetupArguments {
+    /// One step; all that run needs where absent
+    #[command(subcommand)]
+    pub step: Option<SetupStep>,
+}
+
+/// A step of `fcvm setup`.
+#[derive(Debug, Subcommand)]
+pub enum SetupStep {
+    /// Show what this host has, what it means and the remedy
+    Preflight {
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// Fetch the guest kernel and pack the initramfs
+    Kernel {
+        /// Fetch again, also when it is there and intact
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// `fcvm system ...`.
+#[derive(Debug, Subcommand)]
+pub enum SystemCommand {
+    /// Show what images, kernels, VMs and temporary files take
+    Df {
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// Remove what nothing uses: ended VMs, leftovers of crashes, unnamed images, old root images
+    Prune {
+        /// Also images that no VM uses
+        #[arg(short, long)]
+        all: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+    },
+}
+
+/// `fcvm test ...`.
+#[derive(Debug, Subcommand)]
+pub enum TestCommand {
+    /// Boot a VM, run a command in it, exec, copy, stop: does this installation work?
+    Sanity {
+        /// Image to use [default: any that is there, else one is made of busybox]
+        #[arg(long)]
+        image: Option<String>,
+    },
+}

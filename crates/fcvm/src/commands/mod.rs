@@ -1,0 +1,17 @@
+//! One module per verb: what it does with its arguments.
+
+pub(crate) mod cp;
+pub(crate) mod documentation;
+pub(crate) mod exec;
+pub(crate) mod image;
+pub(crate) mod inspect;
+pub(crate) mod lifecycle;
+pub(crate) mod logs;
+pub(crate) mod ls;
+pub(crate) mod preflight;
+pub(crate) mod run;
+pub(crate) mod sanity;
+pub(crate) mod setup;
+pub(crate) mod stats;
+pub(crate) mod system;
+pub(crate) mod top;

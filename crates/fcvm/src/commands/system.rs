@@ -1,0 +1,184 @@
+//! `fcvm system`: what takes space, and freeing it.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use anyhow::bail;
+use fcvm_storage::ScratchStore;
+use fcvm_types::ByteSize;
+use fcvm_types::record::VmState;
+use serde_json::json;
+
+use crate::args::Format;
+use crate::args::system::SystemCommand;
+use crate::context::Context;
+use crate::output::table;
+
+pub(crate) async fn run(context: &Context, command: SystemCommand) -> anyhow::Result<u8> {
+    match command {
+        SystemCommand::Df { format } => df(context, format),
+        SystemCommand::Prune { all, force } => prune(context, all, force),
+    }
+}
+
+/// What a kind of thing takes.
+struct Row {
+    kind: &'static str,
+    total: usize,
+    active: usize,
+    size_bytes: u64,
+    reclaimable_bytes: u64,
+}
+
+fn df(context: &Context, format: Format) -> anyhow::Result<u8> {
+    let images = super::image::store(context)?.usage(&super::image::in_use(context)?)?;
+    let store = context.state()?;
+    let records = store.list()?;
+    let ended_bytes = records
+        .iter()
+        .filter(|record| record.state == VmState::Exited)
+        .map(|record| disk_bytes(&store.paths(&record.id).directory));
+    let kernels = context.data_dir.join("kernels");
+    let disks = context.data_dir.join("disks");
+    let rows = [
+        Row {
+            kind: "Images",
+            total: images.image_count,
+            active: images.active_count,
+            size_bytes: images.content_bytes + images.root_image_bytes + images.temporary_bytes,
+            reclaimable_bytes: images.reclaimable_bytes,
+        },
+        Row {
+            kind: "VMs",
+            total: records.len(),
+            active: records
+                .iter()
+                .filter(|record| record.state != VmState::Exited)
+                .count(),
+            size_bytes: disk_bytes(&context.data_dir.join("vms")),
+            reclaimable_bytes: ended_bytes.sum(),
+        },
+        Row {
+            kind: "Kernels",
+            total: std::fs::read_dir(&kernels).map_or(0, |entries| {
+                entries
+                    .flatten()
+                    .filter(|entry| {
+                        entry.path().join("manifest.json").is_file() && !entry.path().is_symlink()
+                    })
+                    .count()
+            }),
+            active: usize::from(kernels.join("current").exists()),
+            size_bytes: disk_bytes(&kernels),
+            reclaimable_bytes: 0,
+        },
+        Row {
+            kind: "Disk templates",
+            total: std::fs::read_dir(&disks).map_or(0, Iterator::count),
+            active: 0,
+            size_bytes: disk_bytes(&disks),
+            reclaimable_bytes: disk_bytes(&disks),
+        },
+    ];
+    if format == Format::Json {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|row| {
+                json!({
+                    "kind": row.kind, "total": row.total, "active": row.active,
+                    "size_bytes": row.size_bytes, "reclaimable_bytes": row.reclaimable_bytes,
+                })
+            })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+        return Ok(crate::EXIT_SUCCESS);
+    }
+    let size = |bytes| ByteSize::from_bytes(bytes).to_string();
+    let rows = rows.iter().map(|row| {
+        vec![
+            row.kind.to_owned(),
+            row.total.to_string(),
+            row.active.to_string(),
+            size(row.size_bytes),
+            size(row.reclaimable_bytes),
+        ]
+    });
+    table(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"], rows);
+    Ok(crate::EXIT_SUCCESS)
+}
+
+/// Bytes that a tree takes on its file system.
+fn disk_bytes(path: &Path) -> u64 {
+    let Ok(metadata) = path.symlink_metadata() else {
+        return 0;
+    };
+    let own = metadata.blocks() * 512;
+    if !metadata.is_dir() {
+        return own;
+    }
+    let Ok(entries) = std::fs::read_dir(path) else {
+        return own;
+    };
+    own + entries
+        .flatten()
+        .map(|entry| disk_bytes(&entry.path()))
+        .sum::<u64>()
+}
+
+fn prune(context: &Context, all: bool, force: bool) -> anyhow::Result<u8> {
+    if !force && !confirmed(all)? {
+        bail!("nothing was removed");
+    }
+    let store = context.state()?;
+    let mut vms_freed = 0;
+    let mut vms = 0;
+    // The listing itself settles what dead owners left.
+    for record in store
+        .list()?
+        .into_iter()
+        .filter(|record| record.state == VmState::Exited)
+    {
+        let _lock = store.lock()?;
+        vms_freed += disk_bytes(&store.paths(&record.id).directory);
+        store.remove(&record.id)?;
+        println!("Removed VM {} ({})", record.id.short(), record.name);
+        vms += 1;
+    }
+    let leftovers = store.remove_leftovers()?;
+    leftovers
+        .iter()
+        .for_each(|path| println!("Removed leftover {}", path.display()));
+    let images = super::image::store(context)?.prune(&super::image::in_use(context)?, all)?;
+    images
+        .images
+        .iter()
+        .for_each(|id| println!("Removed image {}", id.short()));
+    let templates = match fcvm_storage::find_mkfs(&context.search_path.to_string_lossy()) {
+        Some(mkfs) => ScratchStore::new(context.data_dir.join("disks"), mkfs).prune()?,
+        None => 0,
+    };
+    let freed = ByteSize::from_bytes(vms_freed + images.freed_bytes + templates);
+    println!(
+        "{vms} VMs, {} images and {} leftovers removed, {freed} freed",
+        images.images.len(),
+        leftovers.len()
+    );
+    Ok(crate::EXIT_SUCCESS)
+}
+
+fn confirmed(all: bool) -> anyhow::Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        bail!("this removes what nothing uses: say so with --force where nobody can be asked");
+    }
+    let images = if all {
+        "all images that no VM uses"
+    } else {
+        "nameless images"
+    };
+    print!("Remove all VMs that have ended, {images} and temporary files? [y/N] ");
+    std::io::stdout().flush()?;
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}

@@ -1,0 +1,117 @@
+//! Directories, tools and host facts, read from the environment once.
+
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+
+use crate::args::GlobalOptions;
+use crate::state::StateStore;
+
+/// What every command needs to know of its surroundings.
+#[derive(Debug, Clone)]
+pub(crate) struct Context {
+    /// Images, kernels and the state of VMs.
+    pub(crate) data_dir: PathBuf,
+    /// Control sockets.
+    pub(crate) runtime_dir: PathBuf,
+    /// The user's home directory, where there is one.
+    pub(crate) home: Option<PathBuf>,
+    /// Where programs are looked for.
+    pub(crate) search_path: std::ffi::OsString,
+}
+
+impl Context {
+    /// Reads the options and the environment.
+    pub(crate) fn from_environment(options: &GlobalOptions) -> anyhow::Result<Self> {
+        let root = rustix::process::geteuid().is_root();
+        let variable = |name: &str| {
+            std::env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
+        let home = variable("HOME");
+        let data_dir = match (&options.data_dir, root, variable("XDG_DATA_HOME"), &home) {
+            (Some(dir), ..) => std::path::absolute(dir)?,
+            (None, true, ..) => PathBuf::from("/var/lib/fcvm"),
+            (None, false, Some(dir), _) => dir.join("fcvm"),
+            (None, false, None, Some(home)) => home.join(".local/share/fcvm"),
+            (None, false, None, None) => bail!(
+                "neither HOME nor XDG_DATA_HOME is set: say where data is kept with --data-dir"
+            ),
+        };
+        let runtime_dir = match (&options.runtime_dir, root, variable("XDG_RUNTIME_DIR")) {
+            (Some(dir), ..) => std::path::absolute(dir)?,
+            (None, true, _) => PathBuf::from("/run/fcvm"),
+            (None, false, Some(dir)) if dir.is_dir() => dir.join("fcvm"),
+            (None, false, _) => data_dir.join("run"),
+        };
+        let search_path = std::env::var_os("PATH").unwrap_or_default();
+        // Debian keeps mkfs and friends where ordinary users do not look.
+        let mut directories: Vec<PathBuf> = std::env::split_paths(&search_path).collect();
+        directories.extend(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from));
+        let search_path = std::env::join_paths(directories).unwrap_or(search_path);
+        Ok(Self {
+            data_dir,
+            runtime_dir,
+            home,
+            search_path,
+        })
+    }
+
+    /// The state store.
+    pub(crate) fn state(&self) -> anyhow::Result<StateStore> {
+        StateStore::open(&self.data_dir.join("vms"), &self.runtime_dir)
+    }
+
+    /// A program, looked up as a shell does.
+    pub(crate) fn find_program(&self, name: &str) -> Option<PathBuf> {
+        std::env::split_paths(&self.search_path)
+            .map(|directory| directory.join(name))
+            .find(|path| {
+                rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok() && path.is_file()
+            })
+    }
+
+    /// The agent's binary: `FCVM_AGENT_BIN`, beside this program, or in `../libexec/fcvm`.
+    pub(crate) fn agent_binary(&self) -> anyhow::Result<PathBuf> {
+        if let Some(path) = std::env::var_os("FCVM_AGENT_BIN").map(PathBuf::from) {
+            if path.is_file() {
+                return Ok(path);
+            }
+            bail!("FCVM_AGENT_BIN names {}, which is no file", path.display());
+        }
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let beside = program.parent().unwrap_or(Path::new("/"));
+        let candidates = [
+            beside.join("fc-agent"),
+            beside.join("../libexec/fcvm/fc-agent"),
+            beside.join("../agent/fc-agent"),
+        ];
+        match candidates.iter().find(|path| path.is_file()) {
+            Some(path) => Ok(path.clone()),
+            None => bail!(
+                "the guest agent fc-agent is neither beside {} nor in ../libexec/fcvm: run 'make agent', or set FCVM_AGENT_BIN",
+                program.display()
+            ),
+        }
+    }
+}
+
+/// Creates a directory that only its owner can enter, with its parents.
+pub(crate) fn create_private_dir(path: &Path) -> anyhow::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot create {}", path.display()))?;
+    let metadata =
+        std::fs::metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        bail!(
+            "{} belongs to another user: choose another directory with --data-dir or --runtime-dir",
+            path.display()
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! The owner's end of the agent's channel: one reader and one writer, many streams.
+//!
+//! What arrives is put into the queue of its stream. A queue cannot grow beyond the flow-control
+//! window of its channels: a guest that sends more has broken the protocol and loses the connection.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+
+use anyhow::{Context as _, bail};
+use fcvm_wire::frame::{Frame, MAX_DATA_BYTES};
+use fcvm_wire::{
+    Channel, Decoder, FrameKind, INITIAL_WINDOW_BYTES, Outcome, Request, Role, StreamId,
+};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, mpsc};
+
+use crate::connection::{FrameReader, hello, spawn_writer};
+
+/// Streams that may be open at once.
+const MAX_STREAMS: usize = 512;
+/// Frames that may wait in one stream's queue: small ones are joined, so only a guest that
+/// alternates channels byte by byte comes near.
+const MAX_QUEUED_FRAMES: usize = 65_536;
+
+/// The connection to the agent. Clones share it.
+#[derive(Clone)]
+pub(crate) struct AgentLink(Rc<Inner>);
+
+struct Inner {
+    outgoing: mpsc::Sender<Frame>,
+    streams: RefCell<HashMap<StreamId, Rc<Queue>>>,
+    last_stream: Cell<StreamId>,
+    /// Why the connection ended, once it has.
+    ended: RefCell<Option<String>>,
+    end: Notify,
+}
+
+#[derive(Default)]
+struct Queue {
+    frames: RefCell<VecDeque<Frame>>,
+    bytes: RefCell<[usize; 3]>,
+    arrived: Notify,
+    /// Nobody reads it any more; it is there until the agent has closed the stream.
+    abandoned: Cell<bool>,
+}
+
+impl Queue {
+    /// Adds a frame; `false` when the guest exceeded what it may send.
+    fn push(&self, frame: Frame) -> bool {
+        if self.abandoned.get() {
+            return true;
+        }
+        let mut frames = self.frames.borrow_mut();
+        if frame.kind == FrameKind::Data {
+            let bytes = &mut self.bytes.borrow_mut()[frame.channel as usize];
+            *bytes += frame.payload.len();
+            if *bytes > INITIAL_WINDOW_BYTES as usize {
+                return false;
+            }
+        }
+        match frames.back_mut() {
+            Some(last)
+                if frame.kind == FrameKind::Data
+                    && last.kind == FrameKind::Data
+                    && last.channel == frame.channel
+                    && last.payload.len() + frame.payload.len() <= MAX_DATA_BYTES =>
+            {
+                last.payload.extend_from_slice(&frame.payload);
+            }
+            _ => frames.push_back(frame),
+        }
+        self.arrived.notify_one();
+        frames.len() <= MAX_QUEUED_FRAMES
+    }
+
+    fn pop(&self) -> Option<Frame> {
+        let frame = self.frames.borrow_mut().pop_front()?;
+        if frame.kind == FrameKind::Data {
+            self.bytes.borrow_mut()[frame.channel as usize] -= frame.payload.len();
+        }
+        Some(frame)
+    }
+}
+
+impl AgentLink {
+    /// Waits for the agent's hello and starts the reader and the writer.
+    pub(crate) async fn establish(socket: UnixStream) -> anyhow::Result<Self> {
+        let (read, write) = socket.into_split();
+        let mut reader = FrameReader::new(read, Decoder::from_guest());
+        reader.hello(Role::Agent).await?;
+        let outgoing = spawn_writer(write);
+        outgoing
+            .send(hello(Role::Owner)?)
+            .await
+            .context("the agent's channel closed")?;
+        let link = Self(Rc::new(Inner {
+            outgoing,
+            streams: RefCell::default(),
+            last_stream: Cell::new(0),
+            ended: RefCell::default(),
+            end: Notify::new(),
+        }));
+        tokio::task::spawn_local(link.clone().read(reader));
+        Ok(link)
+    }
+
+    async fn read(self, mut reader: FrameReader) {
+        let reason = loop {
+            match reader.next().await {
+                Ok(Some(frame)) => {
+                    if let Err(error) = self.deliver(frame) {
+                        break error.to_string();
+                    }
+                }
+                Ok(None) => break "the agent's channel closed".to_owned(),
+                Err(error) => break format!("the agent broke the protocol: {error}"),
+            }
+        };
+        tracing::debug!(target: "agent", "{reason}");
+        *self.0.ended.borrow_mut() = Some(reason);
+        self.0.end.notify_waiters();
+        for queue in self.0.streams.borrow().values() {
+            queue.arrived.notify_one();
+        }
+    }
+
+    fn deliver(&self, frame: Frame) -> anyhow::Result<()> {
+        let closed = frame.kind == FrameKind::Closed;
+        let id = frame.stream;
+        match frame.kind {
+            FrameKind::Opened | FrameKind::Data | FrameKind::Eof | FrameKind::Closed => {}
+            FrameKind::Credit => {
+                frame.parse_credit()?;
+            }
+            kind => bail!("the agent broke the protocol: it sent a {kind:?} frame"),
+        }
+        let Some(queue) = self.0.streams.borrow().get(&id).cloned() else {
+            bail!(
+                "the agent broke the protocol: it sent a frame for stream {id}, which is not open"
+            );
+        };
+        if !queue.push(frame) {
+            bail!(
+                "the agent broke the protocol: it sent more on stream {id} than it was given credit for"
+            );
+        }
+        if closed {
+            self.0.streams.borrow_mut().remove(&id);
+        }
+        Ok(())
+    }
+
+    /// Opens a stream.
+    pub(crate) async fn open(&self, request: &Request) -> anyhow::Result<AgentStream> {
+        self.check()?;
+        let id = {
+            let mut streams = self.0.streams.borrow_mut();
+            if streams.len() >= MAX_STREAMS {
+                bail!(
+                    "{MAX_STREAMS} requests are under way in this VM: wait until some have ended"
+                );
+            }
+            let mut id = self.0.last_stream.get();
+            loop {
+                id = id.wrapping_add(1).max(1);
+                if !streams.contains_key(&id) {
+                    break;
+                }
+            }
+            self.0.last_stream.set(id);
+            streams.insert(id, Rc::default());
+            id
+        };
+        let queue = self.0.streams.borrow()[&id].clone();
+        let stream = AgentStream {
+            id,
+            link: self.clone(),
+            queue,
+            closed: Cell::new(false),
+        };
+        stream
+            .send(Frame::message(FrameKind::Open, id, request))
+            .await?;
+        Ok(stream)
+    }
+
+    /// Opens a stream and waits for its end.
+    pub(crate) async fn request(&self, request: &Request) -> anyhow::Result<Outcome> {
+        let stream = self.open(request).await?;
+        loop {
+            let frame = stream.next().await?;
+            if frame.kind == FrameKind::Closed {
+                return Ok(frame.parse()?);
+            }
+        }
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        match &*self.0.ended.borrow() {
+            Some(reason) => bail!("{reason}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until the connection has ended; gives the reason.
+    pub(crate) async fn ended(&self) -> String {
+        loop {
+            let notified = self.0.end.notified();
+            if let Some(reason) = &*self.0.ended.borrow() {
+                return reason.clone();
+            }
+            notified.await;
+        }
+    }
+}
+
+/// A stream that the owner opened. Dropping it before its end resets it.
+pub(crate) struct AgentStream {
+    id: StreamId,
+    link: AgentLink,
+    queue: Rc<Queue>,
+    closed: Cell<bool>,
+}
+
+impl AgentStream {
+    /// The next frame of the stream; the last one is `Closed`.
+    pub(crate) async fn next(&self) -> anyhow::Result<Frame> {
+        loop {
+            let arrived = self.queue.arrived.notified();
+            if let Some(frame) = self.queue.pop() {
+                if frame.kind == FrameKind::Closed {
+                    self.closed.set(true);
+                }
+                return Ok(frame);
+            }
+            self.link.check()?;
+            arrived.await;
+        }
+    }
+
+    /// Sends a frame; its stream number is set here.
+    pub(crate) async fn send(&self, mut frame: Frame) -> anyhow::Result<()> {
+        frame.stream = self.id;
+        if self.link.0.outgoing.send(frame).await.is_err() {
+            bail!("the agent's channel closed");
+        }
+        Ok(())
+    }
+
+    /// Gives credit on a channel.
+    pub(crate) async fn credit(&self, channel: Channel, bytes: u32) -> anyhow::Result<()> {
+        self.send(Frame::credit(self.id, channel, bytes)).await
+    }
+}
+
+impl Drop for AgentStream {
+    fn drop(&mut self) {
+        if self.closed.get() || self.link.check().is_err() {
+            return;
+        }
+        self.queue.abandoned.set(true);
+        self.queue.frames.borrow_mut().clear();
+        let (outgoing, id) = (self.link.0.outgoing.clone(), self.id);
+        tokio::task::spawn_local(async move {
+            // Fails only when the connection is gone, and the stream with it.
+            let _ = outgoing
+                .send(Frame::new(FrameKind::Reset, id, Vec::new()))
+                .await;
+        });
+    }
+}

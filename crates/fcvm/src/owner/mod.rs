@@ -1,0 +1,425 @@
+//! The owner process of a VM: acquires what it needs, runs it, releases it in reverse order.
+//!
+//! The VM lives and dies with this process. Everything acquired is a guard that releases itself when
+//! dropped, and what would outlive a crash is in the state record before it exists.
+
+mod control;
+mod health;
+pub(crate) mod link;
+pub(crate) mod log;
+mod machine;
+mod request;
+pub(crate) mod spec;
+mod supervisor;
+mod vm;
+
+use std::fs::File;
+use std::io::Write;
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context as _;
+use fcvm_types::guest::GuestPlan;
+use fcvm_types::record::{Health, ProcessIdentity, RECORD_VERSION, Resource, VmRecord, VmState};
+use fcvm_wire::{FrameKind, Opened, Outcome, Request};
+use time::OffsetDateTime;
+use tokio::net::UnixListener;
+use tracing::Instrument;
+
+use crate::attach::LocalIo;
+use crate::client::finished;
+use crate::context::{Context, create_private_dir};
+use crate::signals::{Arrived, Forwarded};
+use crate::state::{StateStore, VmPaths, this_process};
+use link::{AgentLink, AgentStream};
+pub(crate) use machine::qemu;
+pub(crate) use request::OwnerRequest;
+use spec::{Readiness, VmSpec};
+use supervisor::{Ending, Supervisor};
+use vm::RunningVm;
+
+/// Who gets the container's output besides the log.
+pub(crate) enum Front {
+    /// This process's standard streams.
+    Terminal {
+        /// Standard input is passed on.
+        interactive: bool,
+    },
+    /// Nobody; the command that started this owner waits for one line on this pipe.
+    Detached {
+        /// Where the line goes.
+        report: File,
+    },
+}
+
+/// Runs a VM to its end; gives the exit code for the command line.
+pub(crate) async fn run(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8> {
+    let span = tracing::info_span!("vm", name = spec.name.as_str());
+    own(context, spec, front).instrument(span).await
+}
+
+async fn own(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8> {
+    let (mut report, interactive) = match front {
+        Front::Terminal { interactive } => (None, Some(interactive)),
+        Front::Detached { report } => (Some(report), None),
+    };
+    let started = start(context, &spec, report.is_some()).await;
+    if let Some(report) = &mut report {
+        let readiness = match &started {
+            Ok(_) => Readiness::Started,
+            Err(error) => Readiness::Failed {
+                code: error.downcast_ref().map_or(
+                    crate::errors::EXIT_FCVM_FAILED,
+                    |exit: &crate::errors::ExitError| exit.code,
+                ),
+                message: crate::errors::one_line(error),
+            },
+        };
+        // The command may have been killed meanwhile; the VM was asked for all the same.
+        let _ = writeln!(report, "{}", serde_json::to_string(&readiness)?);
+    }
+    drop(report);
+    let Started {
+        entry,
+        vm,
+        stream,
+        listener,
+        signals,
+        stop_requests,
+        console,
+    } = started?;
+    let local = match interactive {
+        Some(interactive) => Some(LocalIo::start(
+            interactive,
+            spec.process.terminal.is_some(),
+        )?),
+        None => None,
+    };
+    let network = tokio::task::spawn_local(watch_network(Rc::clone(&vm)).in_current_span());
+    let control =
+        tokio::task::spawn_local(control::serve(listener, Rc::clone(&vm)).in_current_span());
+    let health = spec.health.clone().map(|check| {
+        tokio::task::spawn_local(
+            health::watch(Rc::clone(&vm), check, spec.process.clone()).in_current_span(),
+        )
+    });
+    let log = log::ContainerLog::create(&entry.paths.container_log())?;
+    let supervisor = Supervisor::new(&vm, &spec, stream, signals, stop_requests, local, log);
+    let ending = supervisor.run().await;
+    health.inspect(|task| task.abort());
+    control.abort();
+    network.abort();
+    supervisor::power_off(&vm, &ending).await;
+    console.abort();
+    entry.finish(&vm.record.borrow(), &ending)?;
+    match ending {
+        Ending::Exited(status) => Ok(status.shell_code()),
+        Ending::Lost(reason) => anyhow::bail!("VM '{}' was lost: {reason}", spec.name),
+    }
+}
+
+/// A VM whose container has started.
+struct Started {
+    entry: Entry,
+    vm: Rc<RunningVm>,
+    stream: AgentStream,
+    listener: UnixListener,
+    signals: Forwarded,
+    stop_requests: tokio::sync::mpsc::UnboundedReceiver<Option<u32>>,
+    console: tokio::task::JoinHandle<()>,
+}
+
+/// The data path of `run`, on the way down.
+async fn start(context: &Context, spec: &VmSpec, detached: bool) -> anyhow::Result<Started> {
+    let mut watch = Stopwatch::new(spec.timings_us.clone());
+    let mut signals = Forwarded::new()?;
+    let mut entry = Entry::create(context, spec)?;
+    if detached {
+        let file = File::create(entry.paths.owner_log()).context("cannot write the owner's log")?;
+        rustix::stdio::dup2_stderr(&file).context("cannot redirect stderr")?;
+    }
+    watch.lap("record");
+    let interrupted = async {
+        loop {
+            if let Arrived::Signal(signal) = signals.next().await {
+                return signal;
+            }
+        }
+    };
+    let built = tokio::select! {
+        built = build(context, spec, &mut entry, &mut watch) => built?,
+        signal = interrupted => {
+            return Err(crate::errors::ExitError {
+                code: 128 + u8::try_from(signal).unwrap_or(0),
+                message: format!("the start of VM '{}' was interrupted by signal {signal}", spec.name),
+            }
+            .into());
+        }
+    };
+    let Built {
+        machine,
+        network,
+        link,
+        stream,
+        listener,
+        console,
+    } = built;
+    let mut record = entry.record.clone();
+    record.state = VmState::Running;
+    record.started_at = Some(OffsetDateTime::now_utc());
+    record.health = spec.health.as_ref().map(|_| Health::Starting);
+    record.timings_us = watch.laps;
+    entry.store.write(&record)?;
+    let (stop, stop_requests) = tokio::sync::mpsc::unbounded_channel();
+    let vm = Rc::new(RunningVm {
+        store: entry.store.clone(),
+        record: record.into(),
+        machine,
+        network,
+        link,
+        stop_requests: stop,
+        pausing: false.into(),
+    });
+    Ok(Started {
+        entry,
+        vm,
+        stream,
+        listener,
+        signals,
+        stop_requests,
+        console,
+    })
+}
+
+/// Says when the network's helper has ended: the VM goes on without its network.
+async fn watch_network(vm: Rc<RunningVm>) {
+    if let Some(helper) = &vm.network.helper {
+        let exit = helper.wait().await;
+        tracing::warn!(target: "network", "the VM has no network any more: {exit}");
+    }
+}
+
+struct Built {
+    machine: fcvm_hypervisor::qemu::QemuVm,
+    network: fcvm_network::Attachment,
+    link: AgentLink,
+    stream: AgentStream,
+    listener: UnixListener,
+    console: tokio::task::JoinHandle<()>,
+}
+
+async fn build(
+    context: &Context,
+    spec: &VmSpec,
+    entry: &mut Entry,
+    watch: &mut Stopwatch,
+) -> anyhow::Result<Built> {
+    entry.note(Resource::Path {
+        path: entry.paths.runtime.display().to_string(),
+    })?;
+    create_private_dir(&entry.paths.runtime)?;
+    let listener = control::bind(&entry.paths.control_socket())?;
+    let machine::Assembled {
+        mut machine,
+        network,
+        guest_network,
+        console,
+    } = machine::assemble(context, spec, entry, watch).await?;
+    entry.update(|record| record.state = VmState::Booting)?;
+    let socket = machine
+        .take_agent()
+        .context("the hypervisor gives no channel to the agent")?;
+    let console_log = entry.paths.console_log();
+    let link = tokio::select! {
+        link = AgentLink::establish(socket) => {
+            link.with_context(|| machine::boot_failure("the guest's agent does not answer as it should", &console_log))?
+        }
+        exit = machine.wait_exit() => {
+            anyhow::bail!("{}", machine::boot_failure(&format!("the guest did not boot ({exit})"), &console_log));
+        }
+        () = tokio::time::sleep(spec.boot_timeout) => {
+            let text = format!("the guest did not answer within {} s (--boot-timeout)", spec.boot_timeout.as_secs());
+            anyhow::bail!("{}", machine::boot_failure(&text, &console_log));
+        }
+    };
+    watch.lap("boot");
+    let plan = GuestPlan {
+        hostname: spec.hostname.clone(),
+        machine_id: spec.id.to_string(),
+        realtime_ns: realtime_ns(),
+        read_only: spec.read_only,
+        network: guest_network,
+        extra_hosts: spec.extra_hosts.clone(),
+        privileged: spec.privileged,
+        process: spec.process.clone(),
+    };
+    let stream = link
+        .open(&Request::Run {
+            plan: Box::new(plan),
+        })
+        .await?;
+    tokio::select! {
+        opened = opened(&stream) => opened?,
+        exit = machine.wait_exit() => {
+            anyhow::bail!("{}", machine::boot_failure(&format!("the guest ended before the container started ({exit})"), &console_log));
+        }
+    }
+    watch.lap("container");
+    Ok(Built {
+        machine,
+        network,
+        link,
+        stream,
+        listener,
+        console,
+    })
+}
+
+/// Waits until the container's process has started.
+async fn opened(stream: &AgentStream) -> anyhow::Result<()> {
+    loop {
+        let frame = stream.next().await?;
+        match frame.kind {
+            FrameKind::Opened => {
+                let _: Opened = frame.parse()?;
+                return Ok(());
+            }
+            FrameKind::Closed => {
+                let outcome: Outcome = finished(frame.parse()?)?;
+                anyhow::bail!(
+                    "the guest's agent ended the container before it began ({outcome:?})"
+                );
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The VM's place in the state store. Dropped before `finish`, it leaves nothing behind.
+pub(super) struct Entry {
+    store: StateStore,
+    paths: VmPaths,
+    record: VmRecord,
+    finished: bool,
+}
+
+impl Entry {
+    fn create(context: &Context, spec: &VmSpec) -> anyhow::Result<Self> {
+        let store = context.state()?;
+        let record = first_record(spec, this_process()?);
+        store.create(&record)?;
+        let entry = Self {
+            paths: store.paths(&spec.id),
+            store,
+            record,
+            finished: false,
+        };
+        let plan = entry.paths.process_plan();
+        std::fs::write(&plan, serde_json::to_vec(&spec.process)?)
+            .with_context(|| format!("cannot write {}", plan.display()))?;
+        Ok(entry)
+    }
+
+    fn update(&mut self, change: impl FnOnce(&mut VmRecord)) -> anyhow::Result<()> {
+        change(&mut self.record);
+        self.store.write(&self.record)
+    }
+
+    /// Enters a resource before it exists.
+    fn note(&mut self, resource: Resource) -> anyhow::Result<()> {
+        self.update(|record| record.resources.push(resource))
+    }
+
+    /// Writes how the VM ended, or removes it.
+    fn finish(mut self, record: &VmRecord, ending: &Ending) -> anyhow::Result<()> {
+        self.finished = true;
+        let _lock = self.store.lock()?;
+        if record.remove_on_exit {
+            return self.store.remove(&record.id);
+        }
+        let _ = std::fs::remove_dir_all(&self.paths.runtime);
+        let mut record = record.clone();
+        record.state = VmState::Exited;
+        record.finished_at = Some(OffsetDateTime::now_utc());
+        record.resources.clear();
+        match ending {
+            Ending::Exited(status) => record.exit = Some(*status),
+            Ending::Lost(reason) => record.error = Some(reason.clone()),
+        }
+        self.store.write(&record)
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        if let Err(error) = self.store.remove(&self.record.id) {
+            tracing::warn!(target: "vm", "{error:#}");
+        }
+    }
+}
+
+fn first_record(spec: &VmSpec, owner: ProcessIdentity) -> VmRecord {
+    VmRecord {
+        version: RECORD_VERSION,
+        id: spec.id.clone(),
+        name: spec.name.clone(),
+        state: VmState::Created,
+        owner,
+        image: spec.image.clone(),
+        image_digest: spec.image_digest.clone(),
+        command: spec.process.args.clone(),
+        cpu_count: spec.cpu_count,
+        memory_bytes: spec.memory_bytes,
+        hypervisor: "qemu".to_owned(),
+        accelerator: String::new(),
+        network: String::new(),
+        ports: spec.ports.clone(),
+        labels: spec.labels.clone(),
+        remove_on_exit: spec.remove_on_exit,
+        stop_signal: spec.stop_signal,
+        terminal: spec.process.terminal.is_some(),
+        created_at: OffsetDateTime::now_utc(),
+        started_at: None,
+        finished_at: None,
+        exit: None,
+        error: None,
+        health: None,
+        timings_us: Vec::new(),
+        resources: Vec::new(),
+    }
+}
+
+/// Times of the stages of a start.
+pub(crate) struct Stopwatch {
+    last: Instant,
+    pub(crate) laps: Vec<(String, u64)>,
+}
+
+impl Stopwatch {
+    pub(crate) fn new(laps: Vec<(String, u64)>) -> Self {
+        Self {
+            last: Instant::now(),
+            laps,
+        }
+    }
+
+    /// Ends a stage.
+    pub(crate) fn lap(&mut self, stage: &str) {
+        let now = Instant::now();
+        let microseconds = u64::try_from((now - self.last).as_micros()).unwrap_or(u64::MAX);
+        tracing::debug!(target: "vm", "{stage}: {:.1} ms", microseconds as f64 / 1000.0);
+        self.laps.push((stage.to_owned(), microseconds));
+        self.last = now;
+    }
+}
+
+/// The realtime clock in nanoseconds since 1970.
+fn realtime_ns() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}

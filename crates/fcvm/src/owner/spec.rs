@@ -1,0 +1,71 @@
+//! What an owner process is told to run. A detached owner reads it as JSON on its standard input.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fcvm_types::guest::ProcessPlan;
+use fcvm_types::{PortMapping, VmId, VmName};
+use serde::{Deserialize, Serialize};
+
+use crate::args::run::{AcceleratorChoice, NetworkMode};
+
+/// A VM to run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct VmSpec {
+    pub(crate) id: VmId,
+    pub(crate) name: VmName,
+    pub(crate) hostname: String,
+    /// Reference of the image, normalised.
+    pub(crate) image: String,
+    pub(crate) image_digest: String,
+    /// Converted root image.
+    pub(crate) root_image: PathBuf,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) process: ProcessPlan,
+    pub(crate) read_only: bool,
+    pub(crate) privileged: bool,
+    pub(crate) extra_hosts: Vec<(IpAddr, String)>,
+    pub(crate) cpu_count: u32,
+    pub(crate) memory_bytes: u64,
+    pub(crate) disk_bytes: u64,
+    pub(crate) accelerator: AcceleratorChoice,
+    pub(crate) network: NetworkMode,
+    pub(crate) ports: Vec<PortMapping>,
+    pub(crate) dns_servers: Vec<IpAddr>,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) remove_on_exit: bool,
+    pub(crate) stop_signal: i32,
+    pub(crate) stop_timeout: Duration,
+    pub(crate) boot_timeout: Duration,
+    pub(crate) health: Option<HealthCheck>,
+    /// Stages before the owner began, microseconds.
+    pub(crate) timings_us: Vec<(String, u64)>,
+}
+
+/// How to see that a service answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct HealthCheck {
+    /// An `http://` URL asked from inside the guest, or a shell command.
+    pub(crate) probe: String,
+    pub(crate) interval: Duration,
+    pub(crate) timeout: Duration,
+    pub(crate) retries: u32,
+}
+
+/// What a detached owner tells the command that started it, one JSON line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "report", rename_all = "snake_case")]
+pub(crate) enum Readiness {
+    /// The container's process has started.
+    Started,
+    /// It could not be started.
+    Failed {
+        /// Exit code for the command.
+        code: u8,
+        /// One line.
+        message: String,
+    },
+}

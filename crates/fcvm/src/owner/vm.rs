@@ -1,0 +1,126 @@
+//! A VM that runs, as the owner's parts share it: its record, its machine and its agent.
+
+use std::cell::{Cell, RefCell};
+
+use anyhow::{Context as _, bail};
+use fcvm_hypervisor::Pause;
+use fcvm_hypervisor::qemu::QemuVm;
+use fcvm_types::record::{VmRecord, VmState};
+use fcvm_wire::{Outcome, Request};
+use tokio::sync::mpsc;
+
+use super::link::{AgentLink, AgentStream};
+use crate::client::finished;
+use crate::signals::SIGKILL;
+use crate::state::StateStore;
+
+/// The VM of this owner.
+pub(super) struct RunningVm {
+    pub(super) store: StateStore,
+    pub(super) record: RefCell<VmRecord>,
+    pub(super) machine: QemuVm,
+    pub(super) network: fcvm_network::Attachment,
+    pub(super) link: AgentLink,
+    /// Requests to end the VM: seconds of grace.
+    pub(super) stop_requests: mpsc::UnboundedSender<Option<u32>>,
+    /// Kept from one pause to its end, so that two of them cannot cross.
+    pub(super) pausing: Cell<bool>,
+}
+
+impl RunningVm {
+    /// Changes the record and writes it.
+    pub(super) fn update(&self, change: impl FnOnce(&mut VmRecord)) {
+        let mut record = self.record.borrow_mut();
+        let before = record.clone();
+        change(&mut record);
+        if *record == before {
+            return;
+        }
+        if let Err(error) = self.store.write(&record) {
+            // The VM goes on: a full disk must not end what runs.
+            tracing::warn!(target: "vm", "{error:#}");
+        }
+    }
+
+    fn state(&self) -> VmState {
+        self.record.borrow().state
+    }
+
+    /// Opens a stream to the agent; refused while nothing in the guest can answer.
+    pub(super) async fn open(&self, request: &Request) -> anyhow::Result<AgentStream> {
+        match self.state() {
+            VmState::Paused => bail!(
+                "the VM is paused: 'fcvm unpause {}' lets it go on",
+                self.record.borrow().name
+            ),
+            VmState::Running | VmState::Stopping => self.link.open(request).await,
+            _ => bail!("the VM is not running"),
+        }
+    }
+
+    /// Asks the supervisor to end the VM.
+    pub(super) fn stop(&self, timeout_s: Option<u32>) {
+        // The supervisor outlives all who ask.
+        let _ = self.stop_requests.send(timeout_s);
+    }
+
+    /// Sends a signal to the container.
+    pub(super) async fn kill(&self, signal: i32) -> anyhow::Result<()> {
+        if self.state() == VmState::Paused {
+            if signal != SIGKILL {
+                bail!(
+                    "the VM is paused: 'fcvm unpause {}' lets it go on",
+                    self.record.borrow().name
+                );
+            }
+            self.unpause().await?;
+        }
+        finished(
+            self.link
+                .request(&Request::Signal { signal, all: false })
+                .await?,
+        )?;
+        Ok(())
+    }
+
+    /// Stops the virtual processors.
+    pub(super) async fn pause(&self) -> anyhow::Result<()> {
+        if self.pausing.get() || self.state() != VmState::Running {
+            bail!("the VM is not running");
+        }
+        self.pausing.set(true);
+        let paused = self.machine.pause().await.context("cannot pause the VM");
+        self.pausing.set(false);
+        paused?;
+        self.update(|record| record.state = VmState::Paused);
+        Ok(())
+    }
+
+    /// Lets the virtual processors go on and sets the guest's clock, which stood still.
+    pub(super) async fn unpause(&self) -> anyhow::Result<()> {
+        if self.pausing.get() || self.state() != VmState::Paused {
+            bail!("the VM is not paused");
+        }
+        self.pausing.set(true);
+        let resumed = self
+            .machine
+            .resume()
+            .await
+            .context("cannot let the VM go on");
+        self.pausing.set(false);
+        resumed?;
+        self.update(|record| record.state = VmState::Running);
+        let set = self
+            .link
+            .request(&Request::SetClock {
+                realtime_ns: super::realtime_ns(),
+            })
+            .await;
+        match set.and_then(finished) {
+            Ok(Outcome::Done) => {}
+            Ok(other) => tracing::debug!(target: "agent", "an unexpected answer: {other:?}"),
+            Err(error) => tracing::warn!(target: "agent", "the guest's clock is late: {error:#}"),
+        }
+        Ok(())
+    }
+}

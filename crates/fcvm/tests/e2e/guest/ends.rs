@@ -1,0 +1,3 @@
+//! As the guest's process 1: an agent that ends at once, at which the kernel panics.
+
+fn main() {}

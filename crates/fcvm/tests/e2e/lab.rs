@@ -1,0 +1,463 @@
+//! A place to run fcvm in: a data directory, a runtime directory and a home of its own, and the proof
+//! at the end that nothing was left.
+
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::inotify;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::base::{Base, base};
+use crate::process::{self, LIMIT, Output, Running};
+
+/// An ordinary user: Debian's `nobody`.
+const NOBODY: u32 = 65_534;
+
+/// A place to run fcvm in.
+pub(crate) struct Lab {
+    directory: TempDir,
+    program: PathBuf,
+    /// `FCVM_AGENT_BIN`.
+    pub(crate) agent: PathBuf,
+    /// `FCVM_DATA_DIR`.
+    pub(crate) data: PathBuf,
+    /// `FCVM_RUNTIME_DIR`.
+    pub(crate) runtime: PathBuf,
+    /// `PATH`, where it is not the test's own.
+    pub(crate) path: Option<OsString>,
+    user: Option<u32>,
+    marker: u64,
+    finished: Cell<bool>,
+}
+
+impl Lab {
+    /// A lab with the shared kernel and images; `None` when the machine cannot run VMs (it is told).
+    pub(crate) fn new() -> Option<Self> {
+        let base = base()?;
+        let lab = Self::empty(base, None);
+        for part in ["kernels", "images"] {
+            symlink(base.data.join(part), lab.data.join(part)).unwrap();
+        }
+        Some(lab)
+    }
+
+    /// A lab with the shared kernel and no images.
+    pub(crate) fn without_images() -> Option<Self> {
+        let base = base()?;
+        let lab = Self::empty(base, None);
+        symlink(base.data.join("kernels"), lab.data.join("kernels")).unwrap();
+        Some(lab)
+    }
+
+    /// A lab of an ordinary user: `nobody` when the suite runs as root, else the user it runs as.
+    pub(crate) fn ordinary() -> Option<Self> {
+        if !is_root() {
+            return Self::new();
+        }
+        let base = base()?;
+        let mut lab = Self::empty(base, Some(NOBODY));
+        // The checkout may be in a home that no other user can enter.
+        for (from, name) in [(&base.program, "fcvm"), (&base.agent, "fc-agent")] {
+            let copy = lab.directory.path().join(name);
+            fs::copy(from, &copy).unwrap();
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        lab.program = lab.directory.path().join("fcvm");
+        lab.agent = lab.directory.path().join("fc-agent");
+        let data = lab.data.to_str().unwrap();
+        for part in ["kernels", "images"] {
+            process::must("cp", &["-a", base.data.join(part).to_str().unwrap(), data]);
+        }
+        process::must("chown", &["-R", &format!("{NOBODY}:{NOBODY}"), data]);
+        Some(lab)
+    }
+
+    fn empty(base: &Base, user: Option<u32>) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let directory = tempfile::Builder::new()
+            .prefix("fcvm-e2e-")
+            .tempdir()
+            .unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["data", "data/vms", "run", "home", "tmp"] {
+            fs::create_dir(path(name)).unwrap();
+            chown(path(name), user, user).unwrap();
+        }
+        Self {
+            program: base.program.clone(),
+            agent: base.agent.clone(),
+            data: path("data"),
+            runtime: path("run"),
+            path: None,
+            user,
+            // Below the default limit, and no two that run on one machine are likely to be equal.
+            marker: (u64::from(std::process::id()) * 131 + COUNT.fetch_add(1, Ordering::Relaxed))
+                % 800_000,
+            finished: Cell::new(false),
+            directory,
+        }
+    }
+
+    /// A file of the lab's own, outside of fcvm's directories.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        let path = self.directory.path().join("home").join(name);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).unwrap();
+        }
+        path
+    }
+
+    /// Writes a file of the lab's own.
+    pub(crate) fn write(&self, name: &str, content: impl AsRef<[u8]>) -> String {
+        let path = self.file(name);
+        fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// A directory with stand-ins for programs, before all others in PATH.
+    pub(crate) fn shadow(&mut self, program: &str, script: &str) {
+        let directory = self.file("shadow");
+        fs::create_dir_all(&directory).unwrap();
+        let path = directory.join(program);
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        let others = std::env::var_os("PATH").unwrap_or_default();
+        let all = std::iter::once(directory)
+            .chain(std::env::split_paths(&others).filter(|dir| !dir.ends_with("shadow")));
+        self.path = Some(std::env::join_paths(all).unwrap());
+    }
+
+    /// A PATH in which everything is found but this program.
+    pub(crate) fn without_program(&mut self, missing: &str) {
+        let directory = self.file("rest-of-path");
+        fs::create_dir_all(&directory).unwrap();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        for entry in std::env::split_paths(&path)
+            .filter_map(|part| fs::read_dir(part).ok())
+            .flatten()
+            .flatten()
+        {
+            let name = entry.file_name();
+            if name != missing && !name.to_string_lossy().starts_with(&format!("{missing}.")) {
+                // The first of a name counts.
+                let _ = symlink(entry.path(), directory.join(name));
+            }
+        }
+        self.path = Some(directory.into());
+    }
+
+    /// A command with the lab's surroundings, its processes marked as the lab's.
+    pub(crate) fn tool(&self, program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Command {
+        // Descriptors and environment are not inherited by helpers, resource limits are: one that
+        // nothing else uses tells the lab's processes from all others, whoever their parent is.
+        let mut command = Command::new("/usr/bin/prlimit");
+        command
+            .arg(format!("--msgqueue={0}:{0}", self.marker))
+            .arg(program)
+            .args(arguments);
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            if ["FCVM_", "XDG_", "REGISTRY_", "DOCKER_"]
+                .iter()
+                .any(|prefix| name.starts_with(prefix))
+            {
+                command.env_remove(name);
+            }
+        }
+        command
+            .env("FCVM_DATA_DIR", &self.data)
+            .env("FCVM_RUNTIME_DIR", &self.runtime);
+        command.env("FCVM_AGENT_BIN", &self.agent);
+        command
+            .env("HOME", self.directory.path().join("home"))
+            .env("TMPDIR", self.directory.path().join("tmp"));
+        if let Some(path) = &self.path {
+            command.env("PATH", path);
+        }
+        if let Some(user) = self.user {
+            command.uid(user).gid(user).current_dir("/");
+        }
+        command
+    }
+
+    /// fcvm with these arguments.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        self.tool(&self.program, arguments)
+    }
+
+    /// The fcvm program.
+    pub(crate) fn program(&self) -> &str {
+        self.program.to_str().unwrap()
+    }
+
+    /// Runs fcvm to its end.
+    pub(crate) fn fcvm(&self, arguments: &[&str]) -> Output {
+        process::run(self.command(arguments))
+    }
+
+    /// Runs fcvm, which has to succeed and to say nothing on stderr; gives its standard output.
+    #[track_caller]
+    pub(crate) fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.fcvm(arguments);
+        assert!(
+            output.code == 0 && output.stderr.is_empty(),
+            "fcvm {arguments:?}: {output:?}"
+        );
+        output.text()
+    }
+
+    /// Runs fcvm, which has to fail with this code and one line on stderr; gives the line.
+    #[track_caller]
+    pub(crate) fn fails(&self, code: i32, arguments: &[&str]) -> String {
+        one_error(self.fcvm(arguments), code, &format!("fcvm {arguments:?}"))
+    }
+
+    /// Starts fcvm and goes on.
+    pub(crate) fn start(&self, arguments: &[&str]) -> Running {
+        Running::start(self.command(arguments))
+    }
+
+    /// Parsed JSON output.
+    #[track_caller]
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.ok(arguments)).unwrap()
+    }
+
+    /// Starts a VM in the background that idles until it is told to stop, and stops at once then.
+    #[track_caller]
+    pub(crate) fn idle_vm(&self, name: &str, options: &[&str]) -> String {
+        let mut arguments = vec!["run", "-d", "--name", name];
+        arguments.extend(options);
+        arguments.extend([
+            crate::base::IMAGE,
+            "sh",
+            "-c",
+            "trap 'exit 0' TERM; echo started; while :; do sleep 1000 & wait; done",
+        ]);
+        self.ok(&arguments).trim().to_owned()
+    }
+
+    /// What a shell in a VM says to a script.
+    #[track_caller]
+    pub(crate) fn sh(&self, vm: &str, script: &str) -> String {
+        self.ok(&["exec", vm, "sh", "-c", script])
+    }
+
+    /// The state records that can be read now.
+    pub(crate) fn records(&self) -> Vec<Value> {
+        let Ok(directory) = fs::read_dir(self.data.join("vms")) else {
+            return Vec::new();
+        };
+        directory
+            .flatten()
+            .filter_map(|entry| {
+                serde_json::from_slice(&fs::read(entry.path().join("record.json")).ok()?).ok()
+            })
+            .collect()
+    }
+
+    /// Waits until there is a record that fits, and gives it.
+    pub(crate) fn wait_for_record(&self, what: &str, fits: impl Fn(&Value) -> bool) -> Value {
+        let watch =
+            inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).unwrap();
+        let vms = self.data.join("vms");
+        let changes = inotify::WatchFlags::CREATE
+            | inotify::WatchFlags::MOVED_TO
+            | inotify::WatchFlags::DELETE;
+        inotify::add_watch(&watch, &vms, changes).unwrap();
+        let deadline = std::time::Instant::now() + LIMIT;
+        loop {
+            for entry in fs::read_dir(&vms).unwrap().flatten() {
+                // Watched before it is read: what changes in between is not missed. It may be gone.
+                let _ = inotify::add_watch(&watch, entry.path(), changes);
+            }
+            if let Some(record) = self.records().into_iter().find(&fits) {
+                return record;
+            }
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            assert!(
+                !left.is_zero(),
+                "waited in vain for a record {what}; there are {:?}",
+                self.records()
+            );
+            let left = rustix::event::Timespec::try_from(left).unwrap();
+            let _ = rustix::event::poll(
+                &mut [rustix::event::PollFd::new(
+                    &watch,
+                    rustix::event::PollFlags::IN,
+                )],
+                Some(&left),
+            );
+            let mut events = [0_u8; 4096];
+            while rustix::io::read(&watch, &mut events).is_ok_and(|length| length > 0) {}
+        }
+    }
+
+    /// Waits until a VM's record has this state, and gives the record.
+    pub(crate) fn wait_for_state(&self, name: &str, state: &str) -> Value {
+        self.wait_for_record(&format!("of '{name}' in state {state}"), |record| {
+            record["name"] == name && record["state"] == state
+        })
+    }
+
+    /// The lab's processes: number and command line.
+    pub(crate) fn processes(&self) -> Vec<(Pid, String)> {
+        let marked = |pid: i32| -> Option<(Pid, String)> {
+            let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).ok();
+            let limits = read("limits")?;
+            let line = limits
+                .lines()
+                .find(|line| line.starts_with("Max msgqueue size"))?;
+            let marked = line.split_whitespace().nth(3)? == self.marker.to_string();
+            let state = read("stat")?.rsplit_once(") ")?.1.chars().next()?;
+            let command = read("cmdline")?.replace('\0', " ");
+            (marked && state != 'Z').then_some((Pid::from_raw(pid)?, command))
+        };
+        let directory = fs::read_dir("/proc").unwrap().flatten();
+        directory
+            .filter_map(|entry| marked(entry.file_name().to_str()?.parse().ok()?))
+            .collect()
+    }
+
+    /// The lab's processes that run this program.
+    pub(crate) fn processes_of(&self, program: &str) -> Vec<Pid> {
+        let is = |pid: &Pid| {
+            let exe =
+                fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).unwrap_or_default();
+            exe.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(program))
+        };
+        self.processes()
+            .into_iter()
+            .map(|(pid, _)| pid)
+            .filter(is)
+            .collect()
+    }
+
+    /// Waits until none of the lab's processes is left.
+    #[track_caller]
+    pub(crate) fn wait_for_no_process(&self) {
+        for (pid, command) in self.processes() {
+            assert!(
+                process::wait_gone(pid),
+                "left running: {} {command}",
+                pid.as_raw_nonzero()
+            );
+        }
+        assert_eq!(self.processes(), [], "left running");
+    }
+
+    /// Files below the data and runtime directories that are neither kernels nor images nor templates
+    /// of disks.
+    pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
+        let kept =
+            ["vms", "vms/lock", "kernels", "images", "disks"].map(|name| self.data.join(name));
+        let mut found = Vec::new();
+        for directory in [
+            &self.data,
+            &self.data.join("vms"),
+            &self.runtime,
+            &self.directory.path().join("tmp"),
+        ] {
+            let entries = fs::read_dir(directory)
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.path());
+            found.extend(entries.filter(|path| !kept.contains(path)));
+        }
+        found
+    }
+
+    /// Asserts that no VM, process, socket or file is left.
+    #[track_caller]
+    pub(crate) fn finish(self) {
+        assert_eq!(self.ok(&["ls", "-a", "-q"]), "", "VMs are left");
+        self.wait_for_no_process();
+        assert_eq!(self.leftovers(), [] as [PathBuf; 0], "files are left");
+        self.finished.set(true);
+    }
+
+    /// Shows what a failed test left, for its reader.
+    fn explain(&self) {
+        for record in self.records() {
+            let directory = self
+                .data
+                .join("vms")
+                .join(record["id"].as_str().unwrap_or("?"));
+            eprintln!(
+                "--- VM {} is {} ({})",
+                record["name"], record["state"], record["error"]
+            );
+            for name in ["owner.log", "console.log"] {
+                let text = fs::read(directory.join(name)).unwrap_or_default();
+                let text = String::from_utf8_lossy(&text);
+                let tail = text.lines().rev().take(15).collect::<Vec<_>>();
+                eprintln!(
+                    "--- {name}\n{}",
+                    tail.into_iter().rev().collect::<Vec<_>>().join("\n")
+                );
+            }
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.finished.get() {
+            return;
+        }
+        if std::thread::panicking() {
+            self.explain();
+        }
+        for (pid, _) in self.processes() {
+            let _ = kill_process(pid, Signal::KILL);
+            process::wait_gone(pid);
+        }
+    }
+}
+
+/// Checks that a command failed with this code and one clear line; gives the line.
+#[track_caller]
+pub(crate) fn one_error(output: Output, code: i32, what: &str) -> String {
+    let line = output.stderr.trim_end_matches('\n');
+    let clear =
+        line.starts_with("Error: ") && !line.contains(['\n', '\r', '\x1b']) && line.len() > 20;
+    assert!(
+        output.code == code && clear,
+        "{what}: no clear error with code {code}: {output:?}"
+    );
+    line.to_owned()
+}
+
+/// The suite runs as root.
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Files below a directory with their sizes, for a comparison of before and after.
+pub(crate) fn tree(directory: &Path) -> Vec<(PathBuf, u64)> {
+    let mut found = Vec::new();
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let data = entry.metadata().unwrap();
+            if data.is_dir() {
+                pending.push(entry.path());
+            } else {
+                found.push((entry.path(), data.len()));
+            }
+        }
+    }
+    found.sort();
+    found
+}

@@ -1,0 +1,28 @@
+//! End to end: the fcvm program, real QEMU, a real guest kernel, real files.
+//!
+//! Each test has a place of its own ([`lab::Lab`]) and proves at its end that no process, socket or
+//! file was left. Tests wait for events, never for time; limits are generous and only turn a hang into
+//! a failure. What the machine lacks makes a test print one line, "skipped: ...", and return.
+
+#![allow(missing_docs, reason = "a test program has no users")]
+
+mod base;
+mod boot;
+mod copy;
+mod crash;
+mod debian;
+mod disk;
+mod exec;
+mod image;
+mod images;
+mod lab;
+mod lifecycle;
+mod logs;
+mod network;
+mod ordinary;
+mod process;
+mod refusals;
+mod registry;
+mod run;
+mod terminal;
+mod tty;
