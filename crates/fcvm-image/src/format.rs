@@ -105,7 +105,7 @@ pub enum Document {
     /// One image.
     Manifest(Box<ImageManifest>),
     /// Images for several platforms.
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
 }
 
 /// Reads a manifest or an index and finds out which of them it is.
@@ -130,7 +130,7 @@ pub fn parse_document(bytes: &[u8]) -> Result<Document, FormatError> {
         None => kind.manifests.is_some(),
     };
     if is_index {
-        parse_index(bytes).map(Document::Index)
+        parse_index(bytes).map(|index| Document::Index(Box::new(index)))
     } else {
         parse_manifest(bytes).map(|manifest| Document::Manifest(Box::new(manifest)))
     }

@@ -9,14 +9,17 @@ pub mod bootstrap;
 mod compose;
 pub mod digest;
 pub mod format;
+pub mod import;
 pub mod progress;
 pub mod reference;
 pub mod rootfs;
 pub mod store;
 mod tool;
 
+pub use bootstrap::{BootstrapOptions, bootstrap};
 pub use digest::Digest;
 pub use format::Platform;
+pub use import::{ImportOptions, Source, import};
 pub use progress::{Progress, Silent, Task};
 pub use reference::Reference;
 pub use store::{Image, ImageStore, Layer, StoreError};
