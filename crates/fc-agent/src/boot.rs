@@ -8,13 +8,15 @@ use fcvm_wire::Failure;
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_move};
-use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
 use crate::console;
 use crate::failure::{Context, reason};
 
 /// Where the agent's own root is assembled before it becomes "/".
 const BASE: &str = "/base";
+/// Descriptors that the agent may have open.
+const MAX_DESCRIPTORS: u64 = 4096;
 /// Directories of the agent's own root.
 const DIRECTORIES: [&str; 8] = [
     "proc",
@@ -36,6 +38,12 @@ pub(crate) fn harden() {
     // processes of the container must not be able to attach to it in that time.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    // Each of the streams takes up to four descriptors.
+    let limit = Rlimit {
+        current: Some(MAX_DESCRIPTORS),
+        maximum: Some(MAX_DESCRIPTORS),
+    };
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Mounts the kernel's file systems in a root of the agent's own and makes that "/".

@@ -89,6 +89,17 @@ impl Container {
             .context("entering the container")
     }
 
+    /// Makes the container's root "/" of a helper: in its own mount namespace while it runs, in
+    /// what its overlay holds afterwards. Called in a child.
+    pub(crate) fn enter_files(&self) -> Result<(), Failure> {
+        let what = "entering the container's files";
+        if self.ended {
+            rustix::process::chroot(disks::CONTAINER).context(what)?;
+            return rustix::process::chdir("/").context(what);
+        }
+        move_into_thread_name_spaces(self.pidfd.as_fd(), ThreadNameSpaceType::MOUNT).context(what)
+    }
+
     /// A failure where the container has ended.
     pub(crate) fn check_running(&self) -> Result<(), Failure> {
         if self.ended {

@@ -120,6 +120,16 @@ fn resource(name: &str) -> Option<Resource> {
     })
 }
 
+/// Limits that a process has where its plan does not say otherwise: few descriptors, so that
+/// select(2) works, and leave to raise that (systemd's default for services).
+pub(crate) fn default_limits() -> [Rlimit; 1] {
+    [Rlimit {
+        name: "nofile".into(),
+        soft: 1024,
+        hard: 524_288,
+    }]
+}
+
 /// Sets the resource limits of this process and of whatever it executes.
 pub(crate) fn limit_resources(limits: &[Rlimit]) -> Result<(), Failure> {
     let bound = |value: u64| (value != u64::MAX).then_some(value);

@@ -368,7 +368,10 @@ impl Server {
                 _ => EventFlags::IN,
             };
             let token = u64::from(id) << PART_BITS | part as u64;
-            self.watch(token, fd, flags)?;
+            if let Err(failure) = self.watch(token, fd, flags) {
+                stream.signal(libc::SIGKILL);
+                return Err(failure);
+            }
         }
         self.streams.insert(id, stream);
         Ok(())

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use fcvm_types::guest::{GuestPlan, ProcessPlan, TerminalSize};
 use fcvm_wire::{Failure, Outcome};
@@ -217,9 +217,13 @@ pub(crate) struct HelperIo {
 }
 
 /// Runs a function of the agent in a process of its own; its outcome comes through the report.
+///
+/// The helper may live long, so of the agent's descriptors it has none but `kept`: a pipe that it held
+/// open would hide the end of another stream.
 pub(crate) fn helper(
     stdin: bool,
     stdout: bool,
+    kept: Option<&OwnedFd>,
     work: impl FnOnce(HelperIo) -> Outcome,
 ) -> Result<Spawned, Failure> {
     let pipe = |wanted: bool| match wanted {
@@ -231,10 +235,19 @@ pub(crate) fn helper(
     let (report, write) = pipe_with(PipeFlags::CLOEXEC).context("opening a pipe")?;
     let Fork::Parent(pid) = sys::fork(0, None).context("starting a helper")? else {
         sys::reset_signals();
-        // Its own ends only, so that the pipes end when the agent closes them.
+        let _ = std::fs::write("/proc/self/oom_score_adj", "0");
         let stdin = input.map(|(read, _)| File::from(read));
         let stdout = output.map(|(_, write)| File::from(write));
         drop(report);
+        let own = [stdin.as_ref(), stdout.as_ref()];
+        let kept: Vec<_> = own
+            .into_iter()
+            .flatten()
+            .map(AsRawFd::as_raw_fd)
+            .chain(kept.map(AsRawFd::as_raw_fd))
+            .chain([write.as_raw_fd()])
+            .collect();
+        sys::close_all_but(&kept);
         let outcome = work(HelperIo { stdin, stdout });
         let bytes = serde_json::to_vec(&outcome).unwrap_or_default();
         let _ = std::io::Write::write_all(&mut File::from(write), &bytes);
@@ -292,6 +305,7 @@ fn execute(
     let command = Command::new(&plan.args, &environment)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     rootfs::enter_working_directory(&plan.cwd)?;
+    privileges::limit_resources(&privileges::default_limits())?;
     privileges::limit_resources(&plan.rlimits)?;
     become_user(&identity, &plan.capabilities, privileged)?;
     if plan.no_new_privileges {

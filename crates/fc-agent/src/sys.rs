@@ -121,6 +121,25 @@ pub(crate) fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
     }
 }
 
+/// Closes every descriptor but the given ones and the three standard ones.
+///
+/// What owns a closed descriptor in this process must not be used or dropped any more.
+pub(crate) fn close_all_but(kept: &[i32]) {
+    let mut kept: Vec<u32> = kept
+        .iter()
+        .filter_map(|fd| u32::try_from(*fd).ok())
+        .collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for fd in kept.into_iter().filter(|fd| *fd >= 3).chain([u32::MAX]) {
+        if fd > first {
+            // SAFETY: descriptors are closed, memory is not touched; the caller does not use them.
+            unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
+        }
+        first = fd.saturating_add(1);
+    }
+}
+
 /// Makes every descriptor from 3 on close when the program is replaced.
 pub(crate) fn close_rest_on_exec() {
     // SAFETY: the call changes flags of descriptors only.

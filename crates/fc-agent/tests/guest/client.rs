@@ -94,13 +94,25 @@ impl Vm {
         self.send_bytes(&bytes);
     }
 
+    /// Ends the connection.
+    pub(crate) fn disconnect(&self) {
+        let socket = self.socket.lock().unwrap();
+        socket.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
     /// Opens a stream.
     pub(crate) fn open(&mut self, request: &Request) -> Stream {
+        let bytes = Frame::message(FrameKind::Open, 0, request).payload;
+        self.open_raw(&bytes)
+    }
+
+    /// Opens a stream with whatever bytes.
+    pub(crate) fn open_raw(&mut self, request: &[u8]) -> Stream {
         let id = self.next;
         self.next += 1;
         let (sender, receiver) = channel();
         self.routes.lock().unwrap().insert(id, sender);
-        self.send(&Frame::message(FrameKind::Open, id, request));
+        self.send(&Frame::new(FrameKind::Open, id, request.to_vec()));
         Stream {
             id,
             receiver,
