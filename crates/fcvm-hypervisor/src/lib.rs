@@ -4,10 +4,14 @@
 //! version), `launch.rs` (start a VM), `api.rs` (its control channel). [`qemu`] is the one there is.
 //! [`spec`] says what a VM consists of, in no hypervisor's words.
 //!
+//! [`probe`] finds out, by trying, whether the host's KVM runs guests, and how fast its time stamp
+//! counter counts.
+//!
 //! Not here: what the disks and the network are made of (`fcvm-storage`, `fcvm-network`), and what
 //! is said over the agent channel (`fcvm-wire`).
 
 mod error;
+pub mod probe;
 pub mod qemu;
 pub mod spec;
 
