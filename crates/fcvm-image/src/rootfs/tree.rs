@@ -377,18 +377,13 @@ impl Tree {
         let Some(&link) = self.children(directory).get(name) else {
             return;
         };
-        let mut keep = link.layer == layer;
         if self.is_directory(link.node) {
             self.purge(link.node, layer);
-            keep |= !self.children(link.node).is_empty();
         }
-        if !keep {
-            self.remove(directory, name);
-        }
+        self.hide(directory, name, link, layer);
     }
 
-    /// An opaque marker in `layer`: removes what lower layers hold below `directory`. Directories
-    /// stay where this layer wrote them or something below them.
+    /// An opaque marker in `layer`: removes what lower layers hold below `directory`.
     pub(crate) fn purge(&mut self, directory: NodeId, layer: u32) {
         // Parents come before their children. A directory that this layer purged before holds
         // nothing of lower layers any more, so the work of all markers together stays linear.
@@ -408,15 +403,32 @@ impl Tree {
             );
         }
         for &id in directories.iter().rev() {
-            let doomed: Vec<Box<[u8]>> = self
+            let lower: Vec<(Box<[u8]>, Link)> = self
                 .children(id)
                 .iter()
-                .filter(|(_, link)| link.layer != layer && !self.holds_entries(link.node))
-                .map(|(name, _)| name.clone())
+                .filter(|(_, link)| link.layer != layer)
+                .map(|(name, link)| (name.clone(), *link))
                 .collect();
-            for name in doomed {
-                self.remove(id, &name);
+            for (name, link) in lower {
+                self.hide(id, &name, link, layer);
             }
+        }
+    }
+
+    /// Removes a name that a lower layer wrote. A directory that holds something of `layer`, which
+    /// can be there before its whiteout, becomes the implied directory that it would be had the
+    /// whiteout come first.
+    fn hide(&mut self, directory: NodeId, name: &[u8], link: Link, layer: u32) {
+        if link.layer == layer {
+            return;
+        }
+        if !self.holds_entries(link.node) {
+            self.remove(directory, name);
+            return;
+        }
+        self.set_metadata(link.node, implied_directory());
+        if let Some(link) = self.children_mut(directory).get_mut(name) {
+            link.layer = layer;
         }
     }
 
