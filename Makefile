@@ -12,19 +12,89 @@ ARCHITECTURE := $(firstword $(subst -, ,$(HOST_TARGET)))
 MUSL_TARGET := $(ARCHITECTURE)-unknown-linux-musl
 HAVE_MUSL := $(wildcard $(shell rustc --print sysroot 2>/dev/null)/lib/rustlib/$(MUSL_TARGET)/lib)
 AGENT_TARGET ?= $(if $(HAVE_MUSL),$(MUSL_TARGET),$(HOST_TARGET))
-TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
-# The command line finds the agent beside itself's directory: ../agent/fc-agent.
+TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
+# target/debug/fcvm and target/release/fcvm find the agent as ../agent/fc-agent.
 AGENT := $(TARGET_DIR)/agent/fc-agent
+AGENT_BUILT := $(TARGET_DIR)/agent-build/$(AGENT_TARGET)/agent/fc-agent
+# The guest kernel that tests and benches boot, fetched once.
+TEST_DATA := $(TARGET_DIR)/test-data
 
 .PHONY: help
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+.PHONY: demo
+demo: ## install what is missing, build, and run an image in a VM
+	scripts/install-deps
+	$(MAKE) --no-print-directory build
+	scripts/demo $(TARGET_DIR)/release/fcvm
+
+.PHONY: build
+build: agent ## build the release programs
+	$(CARGO) build --locked --release -p fcvm
 
 .PHONY: agent
 agent: ## build the guest's process 1, static, into target/agent
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --profile agent -p fc-agent \
 	    --target $(AGENT_TARGET) --target-dir $(TARGET_DIR)/agent-build
 	@mkdir -p $(dir $(AGENT))
-	@cmp -s $(TARGET_DIR)/agent-build/$(AGENT_TARGET)/agent/fc-agent $(AGENT) || \
-	    { cp $(TARGET_DIR)/agent-build/$(AGENT_TARGET)/agent/fc-agent $(AGENT).new && mv $(AGENT).new $(AGENT); }
-	@ls -l $(AGENT)
+	@cmp -s $(AGENT_BUILT) $(AGENT) || { cp $(AGENT_BUILT) $(AGENT).new && mv $(AGENT).new $(AGENT); }
+
+.PHONY: deps
+deps: ## install the Debian packages that fcvm and its tests need
+	scripts/install-deps --test
+
+.PHONY: test
+test: ## everything that CI runs: lint, checks, all tests
+	scripts/install-deps --test
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory agent
+	$(CARGO) build --locked --workspace --all-targets
+	$(MAKE) --no-print-directory test-kernel
+	FCVM_AGENT_BIN=$(AGENT) FCVM_TEST_AGENT=$(AGENT) FCVM_TEST_KERNEL_DIR=$(TEST_DATA)/kernels/current \
+	    $(CARGO) test --locked --workspace --no-fail-fast
+
+# Where the package archive is out of reach the tests that boot say that they are skipped.
+.PHONY: test-kernel
+test-kernel:
+	@mkdir -p $(TEST_DATA)
+	$(TARGET_DIR)/debug/fcvm --data-dir $(TEST_DATA) setup kernel || \
+	    echo "make test: no guest kernel could be had: tests that boot one are skipped" >&2
+
+.PHONY: lint
+lint: ## formatting, clippy, dependency rule, licences, advisories, tidiness
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) xtask check
+
+.PHONY: bench
+bench: build ## measure against the floor and the peers; prints a table and JSON
+	scripts/install-deps --test
+	scripts/bench $(TARGET_DIR)/release/fcvm
+
+.PHONY: fuzz
+fuzz: ## build the fuzz targets (to run one: see CONTRIBUTING.md)
+	$(CARGO) build --locked --release --manifest-path fuzz/Cargo.toml
+
+.PHONY: install
+install: build ## install programs, manual pages and completions below PREFIX
+	install -D -m 755 $(TARGET_DIR)/release/fcvm $(DESTDIR)$(PREFIX)/bin/fcvm
+	install -D -m 755 $(AGENT) $(DESTDIR)$(PREFIX)/libexec/fcvm/fc-agent
+	@rm -rf $(TARGET_DIR)/man && mkdir -p $(TARGET_DIR)/man
+	$(TARGET_DIR)/release/fcvm man $(TARGET_DIR)/man
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 $(TARGET_DIR)/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
+	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	$(TARGET_DIR)/release/fcvm completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/fcvm
+	$(TARGET_DIR)/release/fcvm completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_fcvm
+	$(TARGET_DIR)/release/fcvm completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/fcvm.fish
+
+.PHONY: uninstall
+uninstall: ## remove what install put below PREFIX
+	rm -f $(DESTDIR)$(PREFIX)/bin/fcvm $(DESTDIR)$(PREFIX)/libexec/fcvm/fc-agent
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/fcvm.1 $(DESTDIR)$(PREFIX)/share/man/man1/fcvm-*.1
+	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/fcvm \
+	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_fcvm \
+	    $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/fcvm.fish
+	-rmdir $(DESTDIR)$(PREFIX)/libexec/fcvm 2>/dev/null
