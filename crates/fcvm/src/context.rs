@@ -73,7 +73,7 @@ impl Context {
             })
     }
 
-    /// The agent's binary: `FCVM_AGENT_BIN`, beside this program, or in `../libexec/fcvm`.
+    /// The agent's binary: `FCVM_AGENT_BIN`, in `../libexec/fcvm`, or beside this program.
     pub(crate) fn agent_binary(&self) -> anyhow::Result<PathBuf> {
         if let Some(path) = std::env::var_os("FCVM_AGENT_BIN").map(PathBuf::from) {
             if path.is_file() {
@@ -83,11 +83,9 @@ impl Context {
         }
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let beside = program.parent().unwrap_or(Path::new("/"));
-        let candidates = [
-            beside.join("fc-agent"),
-            beside.join("../libexec/fcvm/fc-agent"),
-            beside.join("../agent/fc-agent"),
-        ];
+        // A build tree comes first: cargo leaves an agent that is not static beside the program.
+        let places = ["../agent/fc-agent", "../libexec/fcvm/fc-agent", "fc-agent"];
+        let candidates = places.map(|place| beside.join(place));
         match candidates.iter().find(|path| path.is_file()) {
             Some(path) => Ok(path.clone()),
             None => bail!(

@@ -205,28 +205,18 @@ fn compile(directory: &Path, name: &str) -> PathBuf {
     program
 }
 
-/// The agent as the product builds it: static.
+/// The agent as the product builds it.
 fn build_agent() -> PathBuf {
     if let Some(agent) = std::env::var_os("FCVM_AGENT_BIN") {
         return agent.into();
     }
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let mut command = Command::new(env!("CARGO"));
+    let mut command = Command::new("make");
     command
-        .args([
-            "build",
-            "-q",
-            "--profile",
-            "agent",
-            "-p",
-            "fc-agent",
-            "--target",
-            &target,
-        ])
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .env("CARGO_TARGET_DIR", self::target())
+        .args(["-s", "agent"])
+        .env("CARGO", env!("CARGO"))
         .current_dir(workspace());
+    command.env("CARGO_TARGET_DIR", target());
     let output = process::run(command);
     assert!(output.code == 0, "the agent does not build: {output:?}");
-    self::target().join(target).join("agent/fc-agent")
+    target().join("agent/fc-agent")
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use crate::base::{IMAGE, base};
-use crate::lab::{Lab, is_root, one_error, tree};
+use crate::lab::{Lab, is_root, tree};
 use crate::process::must;
 
 /// A small file system, mounted as long as this lives.

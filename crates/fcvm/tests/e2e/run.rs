@@ -24,11 +24,10 @@ fn the_exit_code_is_the_containers() {
 #[test]
 fn a_command_that_cannot_start_is_127_or_126() {
     let Some(lab) = Lab::new() else { return };
-    let run =
-        |arguments: &[&str]| [&["run", "--rm", "--network", "none", IMAGE], arguments].concat();
-    let line = lab.fails(127, &run(&["no-such-program"]));
+    let run = ["run", "--rm", "--network", "none", IMAGE];
+    let line = lab.fails(127, &[&run[..], &["no-such-program"]].concat());
     assert!(line.contains("no-such-program"), "{line}");
-    let line = lab.fails(126, &run(&["/data/text"]));
+    let line = lab.fails(126, &[&run[..], &["/data/text"]].concat());
     assert!(line.contains("/data/text"), "{line}");
     // Detached it is the same, told by the owner.
     let line = lab.fails(
