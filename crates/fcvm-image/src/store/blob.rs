@@ -28,6 +28,27 @@ impl ImageStore {
             _lock: lock,
         })
     }
+
+    /// Opens what an earlier try left of this blob, or begins it. Another process that downloads the
+    /// same blob is waited for; look whether it is here when this returns.
+    ///
+    /// Call it while an [`Ingest`] lives.
+    pub(crate) fn partial(&self, digest: &Digest) -> Result<Partial, StoreError> {
+        let path = self
+            .temporary_dir()
+            .join(format!("{PARTIAL_PREFIX}{}", digest.hex()));
+        let file = lock_named(&path)?;
+        let (store, digest) = (self.clone(), *digest);
+        let mut partial = Partial {
+            store,
+            digest,
+            file,
+            path,
+            hasher: Hasher::default(),
+        };
+        partial.read_what_is_here()?;
+        Ok(partial)
+    }
 }
 
 /// An image on its way into the store.
@@ -97,26 +118,6 @@ impl Ingest<'_> {
         Ok(())
     }
 
-    /// Opens what an earlier try left of this blob, or begins it. Another process that downloads the
-    /// same blob is waited for.
-    pub(crate) fn partial(&self, digest: &Digest) -> Result<Partial<'_>, StoreError> {
-        let path = self
-            .store
-            .temporary_dir()
-            .join(format!("{PARTIAL_PREFIX}{}", digest.hex()));
-        let file = lock_named(&path)?;
-        let (store, digest) = (self.store, *digest);
-        let mut partial = Partial {
-            store,
-            digest,
-            file,
-            path,
-            hasher: Hasher::default(),
-        };
-        partial.read_what_is_here()?;
-        Ok(partial)
-    }
-
     /// Enters the image, all of whose blobs are here, and gives it these names.
     pub(crate) fn finish(self, manifest: &[u8], names: &[Reference]) -> Result<Image, StoreError> {
         let parsed = format::parse_manifest(manifest)?;
@@ -133,11 +134,6 @@ impl Ingest<'_> {
             // Everything is read once more before the index promises it.
             self.store.load(index, digest)
         })
-    }
-
-    /// Reads a small blob that was added before.
-    pub(crate) fn read(&self, digest: &Digest, limit_bytes: u64) -> Result<Vec<u8>, StoreError> {
-        self.store.read_blob(digest, limit_bytes)
     }
 }
 
@@ -231,18 +227,23 @@ impl BlobWriter<'_> {
 
 /// The beginning of a blob, kept between tries to download it.
 #[derive(Debug)]
-pub(crate) struct Partial<'s> {
-    store: &'s ImageStore,
+pub(crate) struct Partial {
+    store: ImageStore,
     digest: Digest,
     file: File,
     path: PathBuf,
     hasher: Hasher,
 }
 
-impl Partial<'_> {
+impl Partial {
     /// Bytes that are here.
     pub(crate) fn size_bytes(&self) -> u64 {
         self.hasher.size_bytes()
+    }
+
+    /// What is here has the digest that the blob is to have.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.hasher.clone().finish() == self.digest
     }
 
     fn read_what_is_here(&mut self) -> Result<(), StoreError> {
@@ -257,6 +258,11 @@ impl Partial<'_> {
             }
             self.hasher.update(&buffer[..count]);
         }
+    }
+
+    /// Throws away what is here.
+    pub(crate) fn discard(self) -> Result<(), StoreError> {
+        fs::remove_file(&self.path).map_err(StoreError::io("remove", &self.path))
     }
 
     pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
