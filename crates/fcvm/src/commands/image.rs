@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::bail;
+use fcvm_image::import::{ImportOptions, Source};
 use fcvm_image::progress::Progress;
 use fcvm_image::{Digest, Image, ImageStore, Reference, StoreError};
 use fcvm_types::ByteSize;
@@ -217,8 +218,21 @@ pub(crate) async fn pull_one(
     bail!("x")
 }
 
-fn import(_context: &Context, _arguments: &ImportArguments) -> anyhow::Result<u8> {
-    bail!("x")
+fn import(context: &Context, arguments: &ImportArguments) -> anyhow::Result<u8> {
+    let source: Source = arguments.source.parse()?;
+    let options = ImportOptions {
+        name: arguments
+            .name
+            .as_deref()
+            .map(Reference::parse_local)
+            .transpose()?,
+        platform: fcvm_image::Platform::host(),
+    };
+    let progress = Shown::new(false);
+    for image in fcvm_image::import::import(&store(context)?, &source, &options, &*progress)? {
+        println!("{}", image.id);
+    }
+    Ok(crate::EXIT_SUCCESS)
 }
 
 fn bootstrap(context: &Context, arguments: &BootstrapArguments) -> anyhow::Result<u8> {

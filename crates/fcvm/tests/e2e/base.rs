@@ -79,7 +79,7 @@ fn prepare() -> Result<Base, String> {
     let _ = fs::remove_dir_all(&layout);
     let tool = compile(&directory, "tool");
     let base = Base {
-        program: env!("CARGO_BIN_EXE_fcvm").into(),
+        program: program(),
         agent: build_agent(),
         ending_agent: compile(&directory, "ends"),
         layer: image::busybox_layer(&busybox, &tool),
@@ -203,6 +203,13 @@ fn compile(directory: &Path, name: &str) -> PathBuf {
     .concat();
     process::must(&rustc, &options);
     program
+}
+
+/// The program under test: the one that was built with the suite, or an installed one.
+fn program() -> PathBuf {
+    std::env::var_os("FCVM_TEST_PROGRAM")
+        .unwrap_or_else(|| env!("CARGO_BIN_EXE_fcvm").into())
+        .into()
 }
 
 /// The agent as the product builds it.
