@@ -1,15 +1,17 @@
 //! Networks with the real passt: it starts, reports what it can not do, and ends with its owner.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use fcvm_network::{
     Attachment, Backend, HostResolver, HostRoutes, NetworkError, NetworkMode, NetworkOptions,
     attach, find_passt,
 };
+use fcvm_types::record::ProcessIdentity;
 
 /// After so long a wait a test fails rather than hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -213,4 +215,43 @@ async fn without_passt_the_hypervisors_network_is_taken_with_a_note() {
     let attachment = attach(NetworkMode::None, &nothing).await.unwrap();
     assert_eq!(attachment.backend.name(), "none");
     assert!(attachment.guest.is_none() && attachment.helper.is_none());
+}
+
+/// The test runs its own program a second time, as the owner.
+#[tokio::test]
+async fn killed_owner_takes_its_network_along() {
+    const CHILD: &str = "FCVM_TEST_OWNER";
+    let Some(passt) = passt() else { return };
+    if std::env::var_os(CHILD).is_some() {
+        let attached = attach(NetworkMode::Rootless, &options(passt, &[])).await;
+        let attachment = attached.unwrap();
+        let identity = attachment.helper.as_ref().unwrap().identity();
+        println!("\npasst {} {}", identity.pid, identity.start_ticks);
+        std::future::pending().await
+    }
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "killed_owner_takes_its_network_along",
+            "--nocapture",
+        ])
+        .env(CHILD, "1")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines();
+    let identity = lines
+        .find_map(|line| {
+            let line = line.unwrap();
+            let (pid, start_ticks) = line.strip_prefix("passt ")?.split_once(' ')?;
+            Some(ProcessIdentity {
+                pid: pid.parse().unwrap(),
+                start_ticks: start_ticks.parse().unwrap(),
+            })
+        })
+        .unwrap();
+    assert!(fcvm_process::is_running(identity));
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    fcvm_process::wait_gone(identity).await.unwrap();
 }

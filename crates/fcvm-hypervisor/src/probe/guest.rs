@@ -291,7 +291,7 @@ fn code() -> &'static [u8] {
 }
 
 #[cfg(test)]
-#[path = "../../tests/support/elf.rs"]
+#[path = "../../tests/qemu/elf.rs"]
 mod elf;
 
 #[cfg(test)]

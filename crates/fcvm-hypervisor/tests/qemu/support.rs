@@ -1,7 +1,5 @@
 //! Parts of the tests with real QEMU: a guest of a few instructions, and what every launch needs.
 
-pub(crate) mod elf;
-
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -9,6 +7,8 @@ use std::path::{Path, PathBuf};
 use fcvm_hypervisor::qemu::Qemu;
 use fcvm_hypervisor::{Accelerator, GuestMemory, LaunchSpec};
 use fcvm_types::ByteSize;
+
+use crate::elf;
 
 /// QEMU of this machine; says that the test is skipped where there is none.
 pub(crate) fn qemu() -> Option<Qemu> {

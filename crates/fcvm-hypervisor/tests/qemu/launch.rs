@@ -1,13 +1,10 @@
-//! Launching, watching and ending real QEMU under TCG. The guest is a kernel of a few instructions,
-//! so that nothing but QEMU is needed.
-
-mod support;
+//! Launching, watching and ending VMs, and what is said when that can not be.
 
 use std::os::unix::fs::PermissionsExt;
 
+use crate::support::{Ending, qemu, read_console_bytes, read_console_until, spec, write_kernel};
 use fcvm_hypervisor::qemu::{ExitCause, Qemu, VmEvent};
 use fcvm_hypervisor::{DiskSpec, HypervisorError, Launch, Pause};
-use support::{Ending, qemu, read_console_bytes, read_console_until, spec, write_kernel};
 
 #[tokio::test]
 async fn guest_runs_pauses_resumes_and_is_killed() {
