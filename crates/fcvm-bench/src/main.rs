@@ -1,0 +1,150 @@
+//! `fcvm-bench`: measures the fcvm binary from outside, against a floor or a peer in the same run.
+//!
+//! What is measured is what users start, except for the conversion of images, which `fcvm` does only
+//! on the way to a VM: there the library is called in a process of its own. A part whose tools are
+//! missing is skipped in one line. docs/design/performance.md tells what each figure means.
+
+#![forbid(unsafe_code)]
+
+mod boot;
+mod conditions;
+mod conversion;
+mod images;
+mod lab;
+mod memory;
+mod process;
+mod report;
+mod session;
+mod streams;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+
+use lab::Lab;
+use report::Report;
+
+const USAGE: &str = "\
+Usage: fcvm-bench [OPTIONS]
+  --fcvm FILE        the binary to measure [default: beside this program]
+  --agent FILE       the guest's agent [default: as fcvm finds it]
+  --data-dir DIR     images and kernels, kept between runs [default: target/bench-data]
+  --output FILE      results as JSON [default: target/bench-results.json]
+  --rounds N         rounds of what is measured alternately [default: 7]
+  --only NAME,...    boot, session, streams, memory, conversion [default: all]";
+
+/// What the command line asks for.
+struct Options {
+    fcvm: PathBuf,
+    agent: Option<PathBuf>,
+    data_dir: PathBuf,
+    output: PathBuf,
+    rounds: usize,
+    only: Vec<String>,
+}
+
+impl Options {
+    fn wants(&self, part: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|name| name == part)
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fcvm-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [conversion::CHILD, store, source] =
+        arguments.iter().map(String::as_str).collect::<Vec<_>>()[..]
+    {
+        return conversion::convert(store.as_ref(), source);
+    }
+    let Some(options) = parse()? else {
+        println!("{USAGE}");
+        return Ok(());
+    };
+    let lab = Lab::prepare(&options)?;
+    let mut report = Report::new(conditions::read(&lab, options.rounds));
+    if options.wants("boot") {
+        boot::measure(&lab, options.rounds, &mut report).context("boot")?;
+    }
+    if ["session", "streams", "memory"]
+        .iter()
+        .any(|part| options.wants(part))
+    {
+        let vm = lab.start_vm()?;
+        if options.wants("memory") {
+            memory::measure(&lab, &vm, &mut report).context("memory")?;
+        }
+        if options.wants("session") {
+            session::measure(&lab, &vm, &mut report).context("session")?;
+        }
+        if options.wants("streams") {
+            streams::measure(&lab, &vm, &mut report).context("streams")?;
+        }
+    }
+    if options.wants("conversion") {
+        conversion::measure(&lab, options.rounds, &mut report).context("conversion")?;
+    }
+    report.conditions.load_after = conditions::load();
+    println!("{report}");
+    let json = serde_json::to_vec_pretty(&report)?;
+    std::fs::write(&options.output, json)
+        .with_context(|| format!("cannot write {}", options.output.display()))?;
+    println!("{}", options.output.display());
+    Ok(())
+}
+
+/// The options; `None` when help was asked for.
+fn parse() -> anyhow::Result<Option<Options>> {
+    use lexopt::prelude::*;
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut options = Options {
+        fcvm: program.with_file_name("fcvm"),
+        agent: None,
+        data_dir: PathBuf::from("target/bench-data"),
+        output: PathBuf::from("target/bench-results.json"),
+        rounds: 7,
+        only: Vec::new(),
+    };
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("fcvm") => options.fcvm = parser.value()?.into(),
+            Long("agent") => options.agent = Some(parser.value()?.into()),
+            Long("data-dir") => options.data_dir = parser.value()?.into(),
+            Long("output") => options.output = parser.value()?.into(),
+            Long("rounds") => options.rounds = parser.value()?.parse()?,
+            Long("only") => {
+                options.only = parser
+                    .value()?
+                    .string()?
+                    .split(',')
+                    .map(str::to_owned)
+                    .collect();
+            }
+            Short('h') | Long("help") => return Ok(None),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if options.rounds == 0 {
+        bail!("--rounds 0 measures nothing: 1 is the least");
+    }
+    const PARTS: [&str; 5] = ["boot", "session", "streams", "memory", "conversion"];
+    if let Some(unknown) = options
+        .only
+        .iter()
+        .find(|name| !PARTS.contains(&name.as_str()))
+    {
+        bail!("'{unknown}' is no part: {} are", PARTS.join(", "));
+    }
+    Ok(Some(options))
+}
