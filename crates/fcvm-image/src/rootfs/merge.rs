@@ -273,8 +273,10 @@ impl<'a> Merge<'a> {
 
     fn metadata(&mut self, member: &mut Member) -> Result<Metadata, Refusal> {
         let xattrs = std::mem::take(&mut member.xattrs);
+        // Linux has no permissions on symbolic links; archives say what they like.
+        let is_symlink = matches!(member.kind, MemberKind::Symlink { .. });
         Ok(Metadata {
-            mode: member.mode,
+            mode: if is_symlink { 0o777 } else { member.mode },
             uid: member.uid,
             gid: member.gid,
             mtime: member.mtime,

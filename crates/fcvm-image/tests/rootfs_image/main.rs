@@ -5,5 +5,6 @@
 mod format;
 mod merge;
 mod model;
+mod reference;
 mod refusals;
 mod support;
