@@ -36,8 +36,8 @@ pub(crate) fn passwd_entries(text: &str) -> impl Iterator<Item = PasswdEntry<'_>
         let mut fields = line.split(':');
         let name = fields.next()?;
         let _password = fields.next()?;
-        let uid = fields.next()?.parse().ok()?;
-        let gid = fields.next()?.parse().ok()?;
+        let uid = number(fields.next()?)?;
+        let gid = number(fields.next()?)?;
         let _comment = fields.next();
         let home = fields.next().unwrap_or("");
         Some(PasswdEntry {
@@ -60,7 +60,7 @@ fn group_entries(text: &str) -> impl Iterator<Item = GroupEntry<'_>> {
         let mut fields = line.split(':');
         let name = fields.next()?;
         let _password = fields.next()?;
-        let gid = fields.next()?.parse().ok()?;
+        let gid = number(fields.next()?)?;
         let members = fields.next().unwrap_or("");
         Some(GroupEntry { name, gid, members })
     })
@@ -126,10 +126,11 @@ mod tests {
         daemon:x:1:1::/usr/sbin:/usr/sbin/nologin\n\
         app:x:1000:1001:App,,,:/home/app:/bin/sh\n\
         nohome:x:1002:1002:::\n\
+        nobody:x:4294967295:0::/:\nnogroup:x:5:4294967295::/:\n\
         4242:x:77:78::/named-by-number:/bin/sh\n\
         huge:x:4294967296:0::/:\n";
     const GROUP: &str = "root:x:0:\nadm:x:4:app,daemon\naudio:x:29:daemon,app\nstaff:x:50:\n\
-        app:x:1001:\nbroken\nprefix:x:99:apparently\n";
+        app:x:1001:\nbroken\nprefix:x:99:apparently\nunset:x:4294967295:app\n";
 
     fn resolved(spec: &str) -> Identity {
         resolve(spec, PASSWD, GROUP).unwrap()
@@ -161,6 +162,21 @@ mod tests {
         let user = resolved("5555");
         assert_eq!((user.uid, user.gid, user.home.as_str()), (5555, 0, "/"));
         assert_eq!(user.groups, [0_u32; 0]);
+    }
+
+    /// The kernel takes this id for "leave it as it is", which is root.
+    #[test]
+    fn the_id_that_is_none_is_nobodys() {
+        for spec in [
+            "nobody",
+            "4294967295",
+            "nogroup",
+            "app:unset",
+            "app:4294967295",
+        ] {
+            assert!(resolve(spec, PASSWD, GROUP).is_err(), "{spec}");
+        }
+        assert_eq!(resolved("app").groups, [4, 29]);
     }
 
     #[test]
