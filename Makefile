@@ -68,13 +68,14 @@ lint: ## formatting, clippy, dependency rule, licences, advisories, tidiness
 	$(CARGO) xtask check
 
 .PHONY: bench
-bench: build ## measure against the floor and the peers; prints a table and JSON
+bench: agent ## measure against the floor and the peers; prints a table and JSON
 	scripts/install-deps --test
-	scripts/bench $(TARGET_DIR)/release/fcvm
+	$(CARGO) build --locked --release -p fcvm -p fcvm-bench
+	$(TARGET_DIR)/release/fcvm-bench $(BENCH_OPTIONS)
 
 .PHONY: fuzz
-fuzz: ## build the fuzz targets (to run one: see CONTRIBUTING.md)
-	$(CARGO) build --locked --release --manifest-path fuzz/Cargo.toml
+fuzz: ## build the fuzz targets and let each search for FUZZ_SECONDS (30)
+	scripts/fuzz
 
 .PHONY: install
 install: build ## install programs, manual pages and completions below PREFIX
