@@ -10,7 +10,8 @@
 //! ```text
 //! lock                  held by the one setup that runs
 //! current -> NAME       the kernel in use, replaced by rename
-//! NAME/                 release and content digest: manifest.json, vmlinux, config, modules/*.ko
+//! NAME/                 release and content digest: manifest.json, vmlinux, config, modules/*.ko,
+//!                       and modules/list with the modules' names in the order of loading
 //! initramfs/DIGEST.cpio one per agent and set of modules
 //! extracted/vmlinux-*   kernels that users gave as files, unpacked
 //! apt/                  package lists and downloads of an unfinished setup

@@ -13,15 +13,17 @@ use crate::progress::{Progress, SetupEvent, SetupStage};
 use crate::vmlinux::{self, Architecture};
 use crate::{KernelError, Result, debian, files, package};
 
-/// What a guest needs of its kernel: the microVM's bus, disks, agent channel, network, and the file
-/// systems of the root image and of the overlay on it. (ext4 is built into Debian's kernels.)
-pub const DEFAULT_MODULES: [&str; 6] = [
+/// What a guest needs of its kernel: the microVM's bus, agent channel, disks, network, and the file
+/// systems of the root image, of the overlay on it and of the writable disk, in the order of
+/// docs/format/guest.md.
+pub const DEFAULT_MODULES: [&str; 7] = [
     "virtio_mmio",
-    "virtio_blk",
     "virtio_console",
+    "virtio_blk",
     "virtio_net",
     "erofs",
     "overlay",
+    "ext4",
 ];
 
 /// Name of the link to the kernel in use.
@@ -213,6 +215,11 @@ fn stage(
     let index = ModuleIndex::read(&unpacked.modules, &unpacked.builtin)?;
     let loadable = index.resolve(&options.modules)?;
     files::create_dir(&staging.join("modules"))?;
+    let list: String = loadable
+        .iter()
+        .map(|module| format!("{}.ko\n", module.name))
+        .collect();
+    files::write_synced(&staging.join("modules/list"), list.as_bytes())?;
     let modules = loadable
         .into_iter()
         .map(|module| {

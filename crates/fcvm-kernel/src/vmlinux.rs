@@ -315,3 +315,7 @@ fn array<const N: usize>(
         .copied()
         .ok_or(ImageError::Truncated(what))
 }
+
+#[cfg(test)]
+#[path = "vmlinux_tests.rs"]
+mod tests;
