@@ -30,8 +30,10 @@ fn configure_interface(socket: &OwnedFd, plan: &GuestNetwork) -> Result<(), Fail
     let name = interface_name()?;
     let index = rustix::net::netdevice::name_to_index(socket, &name)
         .context("looking for the network interface")?;
-    // The addresses are the plan's alone: none is learned from router advertisements.
+    // The addresses are the plan's alone: none is learned from router advertisements, and on a link
+    // of two there is nobody to have the same one.
     write_setting(&format!("ipv6/conf/{name}/accept_ra"), "0");
+    write_setting(&format!("ipv6/conf/{name}/accept_dad"), "0");
     let exchange = |request: Vec<u8>, what: &str| netlink::exchange(socket, &request).context(what);
     exchange(
         netlink::link_up(index, Some(u32::from(plan.mtu))),

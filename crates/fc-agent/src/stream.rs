@@ -309,10 +309,15 @@ impl Stream {
         self.exit.is_none()
     }
 
+    /// What it says is its own: a child's before its program runs would not be.
+    fn has_started(&self) -> bool {
+        self.kind == Kind::Helper || self.report.is_none()
+    }
+
     /// Something can be done without a new event.
     pub(crate) fn has_work(&self, congested: bool) -> bool {
         self.input.can_write()
-            || (!congested && self.report.is_none() && self.outputs.iter().any(Output::can_read))
+            || (!congested && self.has_started() && self.outputs.iter().any(Output::can_read))
     }
 
     /// Moves bytes both ways, one frame's worth for each output.
@@ -321,7 +326,7 @@ impl Stream {
             link.send(&Frame::credit(self.id, Channel::Stdin, credit));
         }
         self.read_report(link);
-        if self.report.is_some() {
+        if !self.has_started() {
             return;
         }
         for output in &mut self.outputs {

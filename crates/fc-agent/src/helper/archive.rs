@@ -60,14 +60,19 @@ fn member_name(path: &str) -> Option<PathBuf> {
 /// Writes a path as a tar archive.
 pub(super) fn read(path: &str, follow: bool, out: Option<File>) -> Result<Outcome, Failure> {
     let out = out.ok_or_else(|| guest("the archive has no stream"))?;
-    let source = Path::new("/").join(path);
     let name = member_name(path);
-    let metadata = if follow || name.is_none() {
-        fs::metadata(&source)
+    let path = Path::new("/").join(path);
+    let source = if follow || name.is_none() {
+        fs::canonicalize(&path)
     } else {
-        fs::symlink_metadata(&source)
-    }
-    .map_err(|error| path_failure(&source, &error))?;
+        Ok(path.clone())
+    };
+    let (source, metadata) = source
+        .and_then(|source| {
+            let metadata = fs::symlink_metadata(&source)?;
+            Ok((source, metadata))
+        })
+        .map_err(|error| path_failure(&path, &error))?;
     let mut writer = Writer {
         builder: Builder::new(BufWriter::with_capacity(DATA_BYTES, out)),
         linked: BTreeMap::new(),
@@ -76,8 +81,8 @@ pub(super) fn read(path: &str, follow: bool, out: Option<File>) -> Result<Outcom
         Some(name) => writer.tree(source, name, metadata)?,
         None if metadata.is_dir() => writer.children(&source, Path::new(""))?,
         None => {
-            let message = format!("'{path}' in the container is no directory");
-            return Err(guest(message));
+            let path = path.display();
+            return Err(guest(format!("'{path}' in the container is no directory")));
         }
     }
     let buffer = writer.builder.into_inner();
@@ -118,6 +123,9 @@ impl Writer {
         let mut header = Header::new_gnu();
         header.set_metadata_in_mode(metadata, HeaderMode::Complete);
         let kind = metadata.file_type();
+        if !kind.is_file() {
+            header.set_size(0);
+        }
         if metadata.nlink() > 1 && !kind.is_dir() {
             let key = (metadata.dev(), metadata.ino());
             if let Some(first) = self.linked.get(&key) {
@@ -140,7 +148,6 @@ impl Writer {
                 header.set_device_major(rustix::fs::major(metadata.rdev()))?;
                 header.set_device_minor(rustix::fs::minor(metadata.rdev()))?;
             }
-            header.set_size(0);
             self.builder.append_data(&mut header, name, io::empty())
         }
     }

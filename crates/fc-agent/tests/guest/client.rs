@@ -1,7 +1,7 @@
 //! The host's side of the protocol, as simple as a test can have it: a thread that sorts received
 //! frames by stream. Credit is given when the test takes the data, not before.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,7 +17,7 @@ use fcvm_wire::{
 use crate::lab::{Guest, Tools};
 
 /// Longer than anything takes on a loaded machine.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(120);
 
 type Routes = Arc<Mutex<HashMap<u32, Sender<Frame>>>>;
 
@@ -119,6 +119,7 @@ impl Vm {
             socket: self.socket.clone(),
             send: SendWindow::default(),
             receive: Default::default(),
+            early: VecDeque::new(),
         }
     }
 
@@ -211,6 +212,7 @@ pub(crate) struct Stream {
     socket: Arc<Mutex<UnixStream>>,
     send: SendWindow,
     receive: [ReceiveWindow; 3],
+    early: VecDeque<Frame>,
 }
 
 impl Stream {
@@ -223,10 +225,13 @@ impl Stream {
     /// The next frame that is not credit; credit for its data is given.
     pub(crate) fn next(&mut self) -> Frame {
         loop {
-            let frame = self
-                .receiver
-                .recv_timeout(LIMIT)
-                .expect("the agent answers");
+            let frame = match self.early.pop_front() {
+                Some(frame) => frame,
+                None => self
+                    .receiver
+                    .recv_timeout(LIMIT)
+                    .expect("the agent answers"),
+            };
             match frame.kind {
                 FrameKind::Credit => self.send.credited(frame.parse_credit().unwrap()),
                 FrameKind::Data => {
@@ -271,7 +276,7 @@ impl Stream {
         all
     }
 
-    /// Sends input as credit allows; gives what has arrived meanwhile.
+    /// Sends input as credit allows, until the stream ends.
     pub(crate) fn write(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             while self.send.available() == 0 {
@@ -279,8 +284,13 @@ impl Stream {
                     .receiver
                     .recv_timeout(LIMIT)
                     .expect("the agent gives credit");
-                if frame.kind == FrameKind::Credit {
-                    self.send.credited(frame.parse_credit().unwrap());
+                match frame.kind {
+                    FrameKind::Credit => self.send.credited(frame.parse_credit().unwrap()),
+                    FrameKind::Closed => {
+                        self.early.push_back(frame);
+                        return;
+                    }
+                    _ => self.early.push_back(frame),
                 }
             }
             let length = bytes.len().min(MAX_DATA_BYTES).min(self.send.available());

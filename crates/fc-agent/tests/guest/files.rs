@@ -62,6 +62,7 @@ fn files_are_copied_both_ways() {
     );
     // A link at the end is sent as such, or as what it leads to.
     let kind = |bytes: &[u8]| {
+        assert!(!bytes.is_empty());
         let mut archive = tar::Archive::new(bytes);
         let mut entry = archive.entries().unwrap().next().unwrap().unwrap();
         let mut content = String::new();
@@ -69,6 +70,7 @@ fn files_are_copied_both_ways() {
         (entry.header().entry_type(), content)
     };
     let link = archive_of(&mut vm, "/data/link", false);
+    assert_eq!(link.outcome, Outcome::Done);
     assert_eq!(kind(&link.stdout), (tar::EntryType::Symlink, String::new()));
     let file = archive_of(&mut vm, "/data/link", true);
     assert_eq!(
