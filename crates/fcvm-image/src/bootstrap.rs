@@ -3,10 +3,13 @@
 //! The tree comes as a tar stream, which becomes the one layer of an image without touching the disk
 //! twice. It is kept uncompressed: compressing it would take longer than everything that follows.
 
+use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
+
+use rustix::fs::{StatVfsMountFlags, statfs, statvfs};
 
 use crate::compose::{self, Description};
 use crate::format::{LAYER_MAX_BYTES, Platform};
@@ -49,13 +52,16 @@ pub struct BootstrapOptions {
     /// Which packages come without being asked for.
     pub variant: Variant,
     /// Where packages come from: a mirror's URL or the path of a file in the form of sources.list.
-    /// Where absent, mmdebstrap's default: this machine's own sources if they have the suite, else
-    /// Debian's mirror.
+    /// Where absent, mmdebstrap's default: Debian's own mirror, with updates and security for a
+    /// stable release. Proxies of this machine's apt configuration are used in any case.
     pub sources: Option<String>,
     /// Name of the image; `localhost/debian:SUITE` where absent.
     pub name: Option<Reference>,
     /// Architecture of the image.
     pub platform: Platform,
+    /// Directory in which the tree is made before it is packed. Where absent, mmdebstrap's default,
+    /// which is TMPDIR.
+    pub work_dir: Option<PathBuf>,
 }
 
 impl BootstrapOptions {
@@ -69,8 +75,31 @@ impl BootstrapOptions {
             sources: None,
             name: None,
             platform: Platform::host(),
+            work_dir: memory_dir(),
         }
     }
+}
+
+/// A directory in memory that has room for a tree. dpkg syncs several files for each package, which
+/// takes most of the time on a disk (here 141 s, and 36 s in memory).
+pub fn memory_dir() -> Option<PathBuf> {
+    const TMPFS: i64 = 0x0102_1994;
+    const ROOM_BYTES: u64 = 2 << 30;
+    let dir = Path::new("/dev/shm");
+    let system = statfs(dir).ok()?;
+    let mount = statvfs(dir).ok()?;
+    let is_usable = system.f_type == TMPFS
+        && !mount
+            .f_flag
+            .intersects(StatVfsMountFlags::NOEXEC | StatVfsMountFlags::RDONLY)
+        && mount.f_bavail.saturating_mul(mount.f_frsize) >= ROOM_BYTES;
+    // What is written there is taken from the memory that the machine has left.
+    let memory = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let available_kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    (is_usable && available_kib >> 10 >= ROOM_BYTES >> 20).then(|| dir.to_owned())
 }
 
 /// Failure of [`bootstrap`]. Nothing of the image is kept.
@@ -231,7 +260,10 @@ fn command(options: &BootstrapOptions) -> Result<Command, BootstrapError> {
     };
     let mut command = Command::new(&options.program);
     command.env("LC_ALL", "C.UTF-8");
-    // Answers to questions that packages ask, and downloads that nobody needs in an image.
+    if let Some(dir) = &options.work_dir {
+        command.env("TMPDIR", dir);
+    }
+    // Nobody reads package descriptions in other languages.
     command.args([
         "--mode=auto",
         "--format=tar",

@@ -148,6 +148,13 @@ impl FromStr for Reference {
             Ok(reference) => reference,
             Err(error) => return refuse(explain(text, &error)),
         };
+        // A first component in capitals that is no registry: it would not be read again.
+        if reference
+            .repository()
+            .contains(|c: char| c.is_ascii_uppercase())
+        {
+            return refuse("its repository must be in lower case");
+        }
         if let Some(digest) = reference.digest()
             && digest.parse::<Digest>().is_err()
         {
@@ -229,6 +236,7 @@ mod tests {
             ("", "empty"),
             ("Debian", "lower case"),
             ("registry.example/App:x", "lower case"),
+            ("Team/app", "lower case"),
             ("https://registry.example/app", "URL scheme"),
             (&DIGEST[7..], "image id"),
             (&upper_digest, "lower case"),

@@ -123,6 +123,7 @@ impl Import<'_> {
         };
         let config = read_member(members, path, &image.config, CONFIG_MAX_BYTES)?;
         let parsed = format::parse_config(&config).map_err(format_error)?;
+        self.options.platform.check(&parsed)?;
         let diff_ids = format::diff_ids(&parsed).map_err(format_error)?;
         if diff_ids.len() != image.layers().len() {
             let (layers, diff_ids) = (image.layers().len(), diff_ids.len());

@@ -75,6 +75,7 @@ impl Import<'_> {
         let config = blob(members, path, manifest.config(), CONFIG_MAX_BYTES)?;
         let parsed = format::parse_config(&config).map_err(format_error)?;
         format::check_layers(&manifest, &parsed).map_err(format_error)?;
+        self.options.platform.check(&parsed)?;
         for layer in manifest.layers() {
             let digest = descriptor_digest("image manifest", layer).map_err(format_error)?;
             let blob = layout_blob(&digest);

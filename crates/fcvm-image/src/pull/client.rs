@@ -1,6 +1,5 @@
 //! One registry: its address, what it wants to know of us, and bounded answers.
 
-use std::error::Error as _;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -488,23 +487,18 @@ fn is_loopback(server: &str) -> bool {
 }
 
 /// Says what is wrong with a certificate, if that is what the error is about.
-fn certificate_problem(error: &reqwest::Error) -> Option<String> {
-    let mut next = error.source();
-    while let Some(current) = next {
-        // An io::Error does not name what it holds as its source.
-        let held = current
-            .downcast_ref::<io::Error>()
-            .and_then(io::Error::get_ref);
-        let tls = match held {
-            Some(held) => held.downcast_ref::<rustls::Error>(),
-            None => current.downcast_ref::<rustls::Error>(),
-        };
-        if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls {
-            return Some(one_line(&error.to_string(), 200));
-        }
-        next = current.source();
+fn certificate_problem(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(error @ rustls::Error::InvalidCertificate(_)) = error.downcast_ref() {
+        return Some(one_line(&error.to_string(), 200));
     }
-    None
+    // An io::Error does not name what it holds as its source.
+    let held = error
+        .downcast_ref::<io::Error>()
+        .and_then(io::Error::get_ref);
+    match held {
+        Some(held) => certificate_problem(held),
+        None => certificate_problem(error.source()?),
+    }
 }
 
 /// The innermost cause: what came before says that a request was sent.

@@ -50,6 +50,20 @@ pub enum StoreError {
         /// What to do.
         remedy: &'static str,
     },
+    /// An image cannot be read.
+    #[error(
+        "image {image} is damaged: {} {reason}; remove it with 'fcvm image rm --force {image}' and \
+         get it again",
+        path.display()
+    )]
+    DamagedImage {
+        /// Its first name, else its manifest digest.
+        image: String,
+        /// The file at fault.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The store was made by a later version.
     #[error("{} is of the later layout version '{version}'; use a later fcvm", path.display())]
     LaterVersion {

@@ -8,6 +8,7 @@
 mod blob;
 mod error;
 mod index;
+mod inspect;
 mod prune;
 mod root_image;
 
@@ -18,11 +19,14 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 pub(crate) use self::blob::{CopyError, Ingest, Partial};
 pub use self::error::StoreError;
 use self::index::{Entry, Index};
 pub(crate) use self::index::{NAME_ANNOTATION, layout_blob};
+pub use self::inspect::Inspection;
 pub use self::prune::{Pruned, Usage};
 use crate::digest::Digest;
 use crate::format::{self, CONFIG_MAX_BYTES, MANIFEST_MAX_BYTES};
@@ -33,6 +37,8 @@ const TEMPORARY: &str = "tmp";
 const ROOT_IMAGES: &str = "rootfs";
 /// Shared by those that add content, exclusive for the one that removes it.
 const CONTENT_LOCK: &str = "content.lock";
+
+const GET_AGAIN: &str = "remove the image with 'fcvm image rm --force' and get it again";
 
 /// The images of one user on this machine. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -75,7 +81,13 @@ pub struct Layer {
 }
 
 impl Image {
-    /// The first name, else the short id.
+    /// When the image was made, where its configuration says so.
+    pub fn created_at(&self) -> Option<OffsetDateTime> {
+        let text = self.config.created().as_deref()?;
+        OffsetDateTime::parse(text, &Rfc3339).ok()
+    }
+
+    /// The first name, else the short id: what messages call the image.
     pub fn display_name(&self) -> String {
         self.names
             .first()
@@ -156,8 +168,10 @@ impl ImageStore {
         if !prefix.is_empty() && prefix.len() <= 64 && is_hex {
             let mut found = HashSet::new();
             for manifest in index.manifests() {
-                let whole = prefix.len() == 64 && manifest.hex() == prefix;
-                if whole || self.config_digest(manifest)?.hex().starts_with(prefix) {
+                let is_manifest = prefix.len() == 64 && manifest.hex() == prefix;
+                // A damaged image has no id any more, and must not be in the way of others.
+                let id = self.config_digest(manifest).map(|id| id.hex());
+                if is_manifest || id.is_ok_and(|id| id.starts_with(prefix)) {
                     found.insert(manifest);
                 }
             }
@@ -264,6 +278,21 @@ impl ImageStore {
     }
 
     fn load(&self, index: &Index, digest: Digest) -> Result<Image, StoreError> {
+        let names = index.names_of(digest);
+        let named = names
+            .first()
+            .map_or_else(|| digest.to_string(), Reference::to_string);
+        self.load_named(names, digest).map_err(|error| match error {
+            StoreError::Damaged { path, reason, .. } => StoreError::DamagedImage {
+                image: named,
+                path,
+                reason,
+            },
+            other => other,
+        })
+    }
+
+    fn load_named(&self, names: Vec<Reference>, digest: Digest) -> Result<Image, StoreError> {
         let manifest_bytes = self.read_blob(&digest, MANIFEST_MAX_BYTES)?;
         let manifest = format::parse_manifest(&manifest_bytes)?;
         let id = format::descriptor_digest("image manifest", manifest.config())?;
@@ -279,7 +308,7 @@ impl ImageStore {
         Ok(Image {
             id,
             manifest_digest: digest,
-            names: index.names_of(digest),
+            names,
             size_bytes: documents_bytes + layers_bytes,
             manifest,
             config,
@@ -323,15 +352,22 @@ impl ImageStore {
     /// Reads a small blob and checks its digest.
     pub(crate) fn read_blob(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, StoreError> {
         let path = self.blob_path(digest);
-        let bytes = read_bounded(&path, limit)?;
+        let damaged = |reason: &str| StoreError::Damaged {
+            path: path.clone(),
+            reason: reason.to_owned(),
+            remedy: GET_AGAIN,
+        };
+        let bytes = match read_bounded(&path, limit) {
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(damaged("it is missing"));
+            }
+            other => other?,
+        };
         if Digest::of(&bytes) == *digest {
-            return Ok(bytes);
+            Ok(bytes)
+        } else {
+            Err(damaged("its content does not have the digest of its name"))
         }
-        Err(StoreError::Damaged {
-            path,
-            reason: "its content does not have the digest of its name".into(),
-            remedy: "remove the image with 'fcvm image rm --force' and get it again",
-        })
     }
 }
 
@@ -357,7 +393,7 @@ fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, StoreError> {
         return Err(StoreError::Damaged {
             path: path.to_owned(),
             reason: format!("it is larger than {limit} bytes"),
-            remedy: "remove the image with 'fcvm image rm --force' and get it again",
+            remedy: GET_AGAIN,
         });
     }
     Ok(bytes)

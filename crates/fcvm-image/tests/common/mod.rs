@@ -5,28 +5,29 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
-use fcvm_image::ImageStore;
+use fcvm_image::{ImageStore, Progress, Task};
 use tempfile::TempDir;
 
 /// A directory that goes with the test.
-pub struct Scratch(TempDir);
+pub(crate) struct Scratch(TempDir);
 
 impl Scratch {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(TempDir::new().unwrap())
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    pub fn store(&self) -> ImageStore {
+    pub(crate) fn store(&self) -> ImageStore {
         ImageStore::open(&self.path("store")).unwrap()
     }
 
     /// A small root file system with a link, a mode and some text.
-    pub fn rootfs(&self, text: &str) -> PathBuf {
+    pub(crate) fn rootfs(&self, text: &str) -> PathBuf {
         let dir = self.path(&format!("rootfs-{text}"));
         fs::create_dir_all(dir.join("etc")).unwrap();
         fs::create_dir_all(dir.join("bin")).unwrap();
@@ -39,7 +40,7 @@ impl Scratch {
 }
 
 /// Says that the test is skipped when a tool is missing.
-pub fn tool_missing(tool: &str) -> bool {
+pub(crate) fn tool_missing(tool: &str) -> bool {
     let found = Command::new("sh")
         .args(["-c", &format!("command -v {tool}")])
         .stdout(Stdio::null())
@@ -53,7 +54,7 @@ pub fn tool_missing(tool: &str) -> bool {
 }
 
 /// Runs a command that has to succeed and returns its output.
-pub fn run(command: &mut Command) -> String {
+pub(crate) fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert!(
         output.status.success(),
@@ -64,7 +65,7 @@ pub fn run(command: &mut Command) -> String {
 }
 
 /// All files below a directory, with sizes: to see that nothing was left behind.
-pub fn all(dir: &Path) -> Vec<(PathBuf, u64)> {
+pub(crate) fn all(dir: &Path) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {
         let entry = entry.unwrap();
@@ -76,4 +77,49 @@ pub fn all(dir: &Path) -> Vec<(PathBuf, u64)> {
     }
     found.sort();
     found
+}
+
+/// Bytes that no compressor makes shorter, the same every time.
+pub(crate) fn noise(size_bytes: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(size_bytes + 8);
+    while bytes.len() < size_bytes {
+        // xorshift64
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(size_bytes);
+    bytes
+}
+
+/// Keeps what it is told: `name: outcome` of every task that was finished, and messages.
+#[derive(Clone, Default)]
+pub(crate) struct Recorder(Arc<Mutex<Vec<String>>>);
+
+struct Recorded(Recorder, String);
+
+impl Recorder {
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Progress for Recorder {
+    fn start(&self, name: &str, _total_bytes: Option<u64>) -> Box<dyn Task> {
+        Box::new(Recorded(self.clone(), name.to_owned()))
+    }
+
+    fn message(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+impl Task for Recorded {
+    fn advance(&self, _bytes: u64) {}
+
+    fn finish(&self, outcome: &str) {
+        self.0.message(&format!("{}: {outcome}", self.1));
+    }
 }
