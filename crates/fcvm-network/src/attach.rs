@@ -126,7 +126,9 @@ async fn passt_network(
 ) -> Result<Attachment, NetworkError> {
     ports::check(&options.ports, options.routes.has_ipv6())?;
     let loopback = HostLoopback::choose(program, &options.ports);
-    let (helper, socket) = passt::start(program, &options.ports, &options.routes, loopback).await?;
+    let guest = passt::guest(&options.resolver, &options.routes);
+    let (helper, socket) =
+        passt::start(program, &options.ports, &options.routes, &guest, loopback).await?;
     let note = (loopback == HostLoopback::AtGateway).then(|| {
         "this passt is of before August 2024 and a UDP port is published, so the guest reaches the \
          services of the host's loopback at 10.0.2.2; a newer passt would keep them apart"
@@ -135,7 +137,7 @@ async fn passt_network(
     Ok(Attachment {
         backend: Backend::Passt(socket),
         mac: GUEST_MAC,
-        guest: Some(passt::guest(&options.resolver, &options.routes)),
+        guest: Some(guest),
         helper: Some(helper),
         note,
     })

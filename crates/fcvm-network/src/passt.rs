@@ -86,6 +86,7 @@ pub(crate) async fn start(
     program: &Path,
     ports: &[PortMapping],
     routes: &HostRoutes,
+    guest: &GuestNetwork,
     loopback: HostLoopback,
 ) -> Result<(HelperProcess, OwnedFd), NetworkError> {
     let (own, other) = rustix::net::socketpair(
@@ -97,7 +98,13 @@ pub(crate) async fn start(
     .map_err(|errno| NetworkError::Setup(errno.into()))?;
     let mut command = HelperCommand::new("passt", program);
     let number = command.inherit(other).map_err(NetworkError::Setup)?;
-    command.args(arguments(number, ports, routes, loopback));
+    command.args(arguments(
+        number,
+        ports,
+        routes,
+        &guest.dns_servers,
+        loopback,
+    ));
     tracing::trace!("{command:?}");
     let helper = command.spawn().map_err(|source| NetworkError::Spawn {
         path: program.to_owned(),
@@ -124,6 +131,7 @@ fn arguments(
     socket: i32,
     ports: &[PortMapping],
     routes: &HostRoutes,
+    name_servers: &[IpAddr],
     loopback: HostLoopback,
 ) -> Vec<String> {
     let mut line: Vec<String> = Vec::new();
@@ -133,11 +141,15 @@ fn arguments(
     option("--netmask", GUEST_PREFIX.to_string());
     option("--gateway", GUEST_GATEWAY.to_string());
     option("--mac-addr", colons(GATEWAY_MAC));
-    option("--dns-forward", GUEST_NAME_SERVER.to_string());
+    let forwarders = [GUEST_NAME_SERVER.into(), IPV6_NAME_SERVER.into()];
+    for server in name_servers {
+        if forwarders.contains(server) {
+            option("--dns-forward", server.to_string());
+        }
+    }
     if routes.has_ipv6() {
         option("--address", IPV6_ADDRESS.to_string());
         option("--gateway", IPV6_GATEWAY.to_string());
-        option("--dns-forward", IPV6_NAME_SERVER.to_string());
     }
     // Without an IPv4 default route passt would turn IPv4 off, or not start: an interface that is
     // named needs none.
@@ -197,6 +209,9 @@ pub(crate) fn guest(resolver: &HostResolver, routes: &HostRoutes) -> GuestNetwor
 /// The host's own name servers where the guest can reach them; else passt's forwarder, which leads
 /// to the host's first one. The forwarder of passt before 2024 knows UDP only, so it is the second
 /// choice: long answers come over TCP.
+///
+/// The forwarder is on only where it is used: it lets every answer of the host's first name server
+/// seem to come from the forwarder's address, also the answer to a question that was asked directly.
 fn name_servers(resolver: &HostResolver, ipv6: bool) -> Vec<IpAddr> {
     let reachable: Vec<IpAddr> = resolver
         .servers
@@ -283,6 +298,17 @@ mod tests {
         assert_eq!(servers("nameserver 2001:db8::1", true), ["2001:db8::1"]);
         assert!(servers("nameserver 2001:db8::1", false).is_empty());
         assert!(servers("", true).is_empty());
+    }
+
+    #[test]
+    fn forwarder_is_on_only_where_the_guest_asks_it() {
+        let line = |resolv_conf: &str| {
+            let servers = name_servers(&HostResolver::parse(resolv_conf), false);
+            let routes = HostRoutes::default();
+            arguments(3, &[], &routes, &servers, HostLoopback::Hidden).join(" ")
+        };
+        assert!(line("nameserver 127.0.0.53").contains("--dns-forward 10.0.2.3"));
+        assert!(!line("nameserver 192.0.2.1").contains("--dns-forward"));
     }
 
     #[test]
