@@ -23,6 +23,10 @@ const MAX_CHUNKS: u64 = 1 << 18;
 /// Largest chunk the format can express, as a power of two of blocks.
 const MAX_CHUNK_BITS: u8 = 31;
 
+/// Path components that may be looked up per member allowed: far above what any image needs, and
+/// a bound on the time that a few members can cost through chains of symbolic links.
+const MAX_LOOKUPS_PER_MEMBER: u64 = 128;
+
 /// Longest text of a symbolic link in Linux.
 const MAX_SYMLINK_BYTES: usize = 4095;
 
@@ -184,6 +188,16 @@ impl<'a> Merge<'a> {
             }
         }
         self.reclaim();
+        let max_lookups = self
+            .limits
+            .max_members
+            .saturating_mul(MAX_LOOKUPS_PER_MEMBER);
+        if self.tree.lookup_count() > max_lookups {
+            return Err(Fault::Limit {
+                what: "path components to look up",
+                limit: max_lookups,
+            });
+        }
         if self.tree.memory_bytes() > self.limits.max_metadata_bytes {
             let limit = self.limits.max_metadata_bytes;
             return Err(Fault::Limit {

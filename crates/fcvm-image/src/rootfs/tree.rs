@@ -8,6 +8,7 @@
 //! [`Tree::take_freed`]. A name remembers the layer that last touched it, because whiteouts hide
 //! what lower layers hold and never what their own layer holds, whatever the order of members.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use super::error::{Refusal, ShownPath};
@@ -135,6 +136,7 @@ pub(crate) struct Tree {
     vacant: Vec<NodeId>,
     freed: Vec<Extent>,
     memory_bytes: u64,
+    lookup_count: Cell<u64>,
 }
 
 /// Metadata of a directory that no layer describes: the root before any entry for it, and the
@@ -153,6 +155,7 @@ impl Tree {
             vacant: Vec::new(),
             freed: Vec::new(),
             memory_bytes: 0,
+            lookup_count: Cell::new(0),
         };
         let root = tree.allocate(implied_directory(), Body::Directory(BTreeMap::new()));
         tree.node_mut(root).name_count = 1;
@@ -172,6 +175,12 @@ impl Tree {
     /// Estimate of the memory that nodes, names and contents take.
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.memory_bytes
+    }
+
+    /// Path components looked up so far. A short member can cause many lookups through symbolic
+    /// links, so the caller bounds them.
+    pub(crate) fn lookup_count(&self) -> u64 {
+        self.lookup_count.get()
     }
 
     /// Blocks of files that lost their last name since the last call.
@@ -260,6 +269,7 @@ impl Tree {
         let mut pending: Vec<&[u8]> = path.iter().rev().copied().collect();
         let mut hops = 0;
         while let Some(name) = pending.pop() {
+            self.lookup_count.set(self.lookup_count.get() + 1);
             let here = trail[trail.len() - 1];
             if name == b".." {
                 trail.pop();

@@ -7,7 +7,7 @@ use fcvm_image::rootfs::Limits;
 use proptest::prelude::*;
 
 use crate::support::reader::Image;
-use crate::support::tarball::{Entry, tar};
+use crate::support::tarball::{Entry, seal, tar};
 use crate::support::{fsck, try_build};
 
 /// A member in terms of the model; paths are lists of one-letter names.
@@ -239,6 +239,36 @@ proptest! {
                 matches_model(&image.read(), &model)?;
             }
             Err(error) => prop_assert!(refused, "{error}"),
+        }
+    }
+
+    /// Damage that the digest does not show, as a hostile registry can make it: an error or a
+    /// sound image, never anything else.
+    #[test]
+    fn damaged_layers_give_an_error_or_a_sound_image(
+        steps in proptest::collection::vec(step(), 1..8),
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        reseal in any::<bool>(),
+    ) {
+        let mut entries: Vec<Entry> = steps.iter().map(Step::entry).collect();
+        entries.push(
+            Entry::file("sparse", vec![1; 30])
+                .xattr("user.x", "value")
+                .pax("GNU.sparse.size", "90000")
+                .pax("GNU.sparse.map", "5,10,40000,20"),
+        );
+        let mut layer = tar(&entries);
+        for (position, value) in damage {
+            let at = position.index(layer.len());
+            layer[at] = value;
+            if reseal {
+                let block: &mut [u8] = &mut layer[at / 512 * 512..][..512];
+                seal(block.try_into().unwrap());
+            }
+        }
+        if let Ok(image) = try_build(&[layer], &Limits::default()) {
+            fsck(&image.path);
+            image.read();
         }
     }
 }

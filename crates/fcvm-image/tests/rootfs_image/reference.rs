@@ -12,6 +12,11 @@ use crate::support::build_image;
 use crate::support::reader::Image;
 use crate::support::tarball::{Entry, tar};
 
+/// Objects by path; `""` is the root.
+type Objects = BTreeMap<Vec<u8>, Seen>;
+/// The names of each file that has several.
+type LinkGroups = BTreeSet<Vec<Vec<u8>>>;
+
 /// One object as a file system shows it; `ino` only tells which names are the same file.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
@@ -26,7 +31,7 @@ struct Seen {
 }
 
 /// Walks a directory tree; the second part groups the paths of files with several names.
-fn walk(root: &Path) -> (BTreeMap<Vec<u8>, Seen>, BTreeSet<Vec<Vec<u8>>>) {
+fn walk(root: &Path) -> (Objects, LinkGroups) {
     let mut seen = BTreeMap::new();
     let mut inodes: BTreeMap<u64, Vec<Vec<u8>>> = BTreeMap::new();
     let mut pending = vec![(Vec::new(), root.to_path_buf())];
@@ -73,7 +78,7 @@ fn walk(root: &Path) -> (BTreeMap<Vec<u8>, Seen>, BTreeSet<Vec<Vec<u8>>>) {
     (seen, groups(inodes))
 }
 
-fn groups(inodes: BTreeMap<u64, Vec<Vec<u8>>>) -> BTreeSet<Vec<Vec<u8>>> {
+fn groups(inodes: BTreeMap<u64, Vec<Vec<u8>>>) -> LinkGroups {
     let sorted = |mut names: Vec<Vec<u8>>| {
         names.sort();
         names
@@ -98,7 +103,7 @@ fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
 }
 
 /// The image as the same kind of list.
-fn listed(image: &Image) -> (BTreeMap<Vec<u8>, Seen>, BTreeSet<Vec<Vec<u8>>>) {
+fn listed(image: &Image) -> (Objects, LinkGroups) {
     let mut inodes: BTreeMap<u64, Vec<Vec<u8>>> = BTreeMap::new();
     let mut seen = BTreeMap::new();
     for (path, entry) in &image.entries {

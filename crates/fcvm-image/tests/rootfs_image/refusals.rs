@@ -343,6 +343,37 @@ fn limits_end_what_costs_too_much() {
 }
 
 #[test]
+fn chains_of_links_cannot_cost_much_time() {
+    let mut entries: Vec<Entry> = (1..20)
+        .map(|index| {
+            let target = format!("{}l{}", "d/../".repeat(700), index - 1);
+            Entry::symlink(format!("l{index}"), target)
+        })
+        .collect();
+    entries.extend([Entry::dir("d"), Entry::dir("l0")]);
+    entries.extend((0..100).map(|index| Entry::file(format!("l19/{index}"), "")));
+    try_build(&[tar(&entries)], &Limits::default()).unwrap();
+    let few = Limits {
+        max_members: 1000,
+        ..Limits::default()
+    };
+    assert!(error_of(&[tar(&entries)], &few).contains("path components to look up"));
+}
+
+#[test]
+fn deep_paths_are_no_problem() {
+    let path = "d/".repeat(8000) + "f";
+    let image = try_build(&[tar(&[Entry::file(&path, "deep")])], &Limits::default()).unwrap();
+    assert_eq!(image.built.inode_count, 8002);
+    let hidden = [
+        tar(&[Entry::file(&path, "deep")]),
+        tar(&[Entry::file(".wh.d", "")]),
+    ];
+    let image = try_build(&hidden, &Limits::default()).unwrap();
+    assert_eq!(image.built.inode_count, 1);
+}
+
+#[test]
 fn a_bomb_is_stopped_by_its_uncompressed_size() {
     let zeros = std::io::Read::take(std::io::repeat(0), 1 << 30);
     let bomb = zstd::encode_all(zeros, 1).unwrap();
