@@ -55,6 +55,14 @@ pub fn kill(identity: ProcessIdentity) {
     }
 }
 
+/// Asks this very process to end, with `SIGTERM`; nothing happens where it has ended.
+pub fn terminate(identity: ProcessIdentity) {
+    if let Some(pidfd) = open(identity) {
+        // An error means that it has ended meanwhile.
+        let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::TERM);
+    }
+}
+
 /// A descriptor of the process, where it still runs.
 fn open(identity: ProcessIdentity) -> Option<OwnedFd> {
     let pid = Pid::from_raw(identity.pid)?;

@@ -15,6 +15,6 @@ mod tail;
 mod watch;
 
 pub use helper::{HelperExit, HelperProcess};
-pub use identity::{is_running, kill, process_identity, wait_gone};
+pub use identity::{is_running, kill, process_identity, terminate, wait_gone};
 pub use spawn::HelperCommand;
 pub use watch::watch_readable;

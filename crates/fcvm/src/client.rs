@@ -29,16 +29,22 @@ const STREAM: u32 = 1;
 impl Client {
     /// Connects to the owner of a VM that runs.
     pub(crate) async fn connect(store: &StateStore, record: &VmRecord) -> anyhow::Result<Self> {
-        if record.state == VmState::Exited {
-            bail!("VM '{}' is not running", record.name);
+        match record.state {
+            VmState::Exited => bail!("VM '{}' is not running", record.name),
+            VmState::Created | VmState::Booting => bail!(
+                "VM '{}' is still starting: try again when 'fcvm ls' shows it as up",
+                record.name
+            ),
+            VmState::Running | VmState::Paused | VmState::Stopping => {}
         }
         let path = store.paths(&record.id).control_socket();
+        // The owner takes its socket away when the container has ended.
         let connected = crate::connection::connect(&path).await;
-        let (read, write) = connected.with_context(|| match record.state {
-            VmState::Created | VmState::Booting => {
-                format!("VM '{}' is still starting", record.name)
-            }
-            _ => format!("the owner of VM '{}' does not answer", record.name),
+        let (read, write) = connected.with_context(|| {
+            format!(
+                "VM '{}' is ending, or its owner does not answer",
+                record.name
+            )
         })?;
         let mut reader = FrameReader::new(read, Decoder::from_guest());
         let outgoing = spawn_writer(write);
@@ -137,8 +143,17 @@ impl Client {
                 }
             }
         };
-        local.finish().await;
+        finish(local, &mut signals).await;
         outcome
+    }
+}
+
+/// Waits until all output is written; a signal gives up the rest, whose reader does not read.
+pub(crate) async fn finish(local: LocalIo, signals: &mut Forwarded) {
+    let interrupted = async { while signals.next().await == Arrived::Resized {} };
+    tokio::select! {
+        () = local.finish() => {}
+        () = interrupted => {}
     }
 }
 

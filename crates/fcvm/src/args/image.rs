@@ -8,7 +8,7 @@ use super::Format;
 
 /// `fcvm image ...`.
 #[derive(Debug, Subcommand)]
-pub enum ImageCommand {
+pub(crate) enum ImageCommand {
     /// Fetch an image from a registry
     Pull(PullArguments),
     /// List images
@@ -50,39 +50,39 @@ pub enum ImageCommand {
 #[command(
     after_help = "Examples:\n  fcvm image pull debian:bookworm-slim\n  fcvm image pull registry.example/team/app@sha256:...\n  fcvm image pull --tls-verify=false localhost:5000/app"
 )]
-pub struct PullArguments {
+pub(crate) struct PullArguments {
     /// Check the registry's certificate, and refuse plain HTTP
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub tls_verify: bool,
+    pub(crate) tls_verify: bool,
     /// Directory with certificate authorities (*.crt) for the registry
     #[arg(long, value_name = "DIR")]
-    pub cert_dir: Option<PathBuf>,
+    pub(crate) cert_dir: Option<PathBuf>,
     /// User name and password for the registry
     #[arg(long, value_name = "USER:PASSWORD")]
-    pub creds: Option<String>,
+    pub(crate) creds: Option<String>,
     /// File with credentials, before Podman's and Docker's
     #[arg(long, env = "REGISTRY_AUTH_FILE", value_name = "FILE")]
-    pub authfile: Option<PathBuf>,
+    pub(crate) authfile: Option<PathBuf>,
     /// Show nothing but the id
     #[arg(short, long)]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
     /// The images
     #[arg(required = true)]
-    pub images: Vec<String>,
+    pub(crate) images: Vec<String>,
 }
 
 /// `fcvm image ls`.
 #[derive(Debug, Args)]
-pub struct ImageLsArguments {
+pub(crate) struct ImageLsArguments {
     /// Only ids
     #[arg(short, long, conflicts_with = "format")]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
     /// Do not shorten ids
     #[arg(long)]
-    pub no_trunc: bool,
+    pub(crate) no_trunc: bool,
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
-    pub format: Format,
+    pub(crate) format: Format,
 }
 
 /// `fcvm image import`.
@@ -90,11 +90,11 @@ pub struct ImageLsArguments {
 #[command(
     after_help = "Examples:\n  fcvm image import oci:./layout:latest app:1\n  fcvm image import oci-archive:app.tar\n  fcvm image import docker-archive:app.tar.gz\n  fcvm image import dir:./rootfs base:1"
 )]
-pub struct ImportArguments {
+pub(crate) struct ImportArguments {
     /// oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE or dir:ROOTFS
-    pub source: String,
+    pub(crate) source: String,
     /// Name of the image [default: the one that the source has]
-    pub name: Option<String>,
+    pub(crate) name: Option<String>,
 }
 
 /// `fcvm image bootstrap`.
@@ -102,16 +102,16 @@ pub struct ImportArguments {
 #[command(
     after_help = "Examples:\n  fcvm image bootstrap debian:bookworm\n  fcvm image bootstrap debian:trixie --include curl,python3 --tag lab:1"
 )]
-pub struct BootstrapArguments {
+pub(crate) struct BootstrapArguments {
     /// DISTRIBUTION:SUITE, for example debian:bookworm
-    pub source: String,
+    pub(crate) source: String,
     /// Packages to add
     #[arg(long, value_name = "PACKAGE,...", value_delimiter = ',')]
-    pub include: Vec<String>,
+    pub(crate) include: Vec<String>,
     /// Name of the image [default: DISTRIBUTION:SUITE]
     #[arg(long, value_name = "NAME")]
-    pub tag: Option<String>,
+    pub(crate) tag: Option<String>,
     /// Mirror to fetch packages from [default: the host's apt configuration, else the distribution's]
     #[arg(long, value_name = "URL")]
-    pub mirror: Option<String>,
+    pub(crate) mirror: Option<String>,
 }

@@ -1,8 +1,8 @@
 //! The command line: what can be written, not what it does (that is `commands/`).
 
-pub mod image;
-pub mod run;
-pub mod system;
+pub(crate) mod image;
+pub(crate) mod run;
+pub(crate) mod system;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fcvm_types::VmName;
@@ -24,18 +24,18 @@ use std::path::PathBuf;
         Exit codes: the container's own; 125 when fcvm itself fails, 126 when the command cannot\n\
         be executed, 127 when it does not exist, 128+N when signal N ended it."
 )]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// Options of every command.
     #[command(flatten)]
-    pub global: GlobalOptions,
+    pub(crate) global: GlobalOptions,
     /// The verb.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
-pub struct GlobalOptions {
+pub(crate) struct GlobalOptions {
     /// Where images, kernels and the state of VMs are kept [default: /var/lib/fcvm for root, else
     /// $XDG_DATA_HOME/fcvm or ~/.local/share/fcvm]
     #[arg(
@@ -45,7 +45,7 @@ pub struct GlobalOptions {
         value_name = "DIR",
         help_heading = "Global options"
     )]
-    pub data_dir: Option<PathBuf>,
+    pub(crate) data_dir: Option<PathBuf>,
     /// Where sockets are kept [default: /run/fcvm for root, else $XDG_RUNTIME_DIR/fcvm]
     #[arg(
         long,
@@ -54,7 +54,7 @@ pub struct GlobalOptions {
         value_name = "DIR",
         help_heading = "Global options"
     )]
-    pub runtime_dir: Option<PathBuf>,
+    pub(crate) runtime_dir: Option<PathBuf>,
     /// What is logged to stderr: error, warn, info, debug, trace, or tracing directives
     #[arg(
         long,
@@ -64,12 +64,12 @@ pub struct GlobalOptions {
         default_value = "warn",
         help_heading = "Global options"
     )]
-    pub log_level: String,
+    pub(crate) log_level: String,
 }
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Run a command in a new microVM
     Run(Box<run::RunArguments>),
     /// The same commands, for those used to Podman's spelling
@@ -152,22 +152,22 @@ pub enum Command {
 
 /// Arguments of a verb that this version refuses.
 #[derive(Debug, Args)]
-pub struct Later {
+pub(crate) struct Later {
     /// Whatever was written
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub rest: Vec<String>,
+    pub(crate) rest: Vec<String>,
 }
 
 /// `fcvm podman ...`.
 #[derive(Debug, Subcommand)]
-pub enum PodmanCommand {
+pub(crate) enum PodmanCommand {
     /// Run a command in a new microVM
     Run(Box<run::RunArguments>),
 }
 
 /// Form of an output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     /// For people
     Table,
     /// For programs: stable, documented in docs/format/json-output.md
@@ -179,33 +179,33 @@ pub enum Format {
 #[command(
     after_help = "Examples:\n  fcvm exec web cat /etc/hostname\n  fcvm exec -it web sh\n  echo hi | fcvm exec -i web tee /tmp/file"
 )]
-pub struct ExecArguments {
+pub(crate) struct ExecArguments {
     /// Pass standard input on
     #[arg(short, long)]
-    pub interactive: bool,
+    pub(crate) interactive: bool,
     /// Give the process a terminal
     #[arg(short, long)]
-    pub tty: bool,
+    pub(crate) tty: bool,
     /// Set an environment variable (NAME=value, or NAME to pass the host's value)
     #[arg(short, long, value_name = "NAME[=VALUE]")]
-    pub env: Vec<String>,
+    pub(crate) env: Vec<String>,
     /// Read environment variables from a file
     #[arg(long, value_name = "FILE")]
-    pub env_file: Vec<PathBuf>,
+    pub(crate) env_file: Vec<PathBuf>,
     /// Run as this user: name or number, with an optional group
     #[arg(short, long, value_name = "USER[:GROUP]")]
-    pub user: Option<String>,
+    pub(crate) user: Option<String>,
     /// Working directory in the container
     #[arg(short, long, value_name = "DIR")]
-    pub workdir: Option<String>,
+    pub(crate) workdir: Option<String>,
     /// Keep all capabilities
     #[arg(long)]
-    pub privileged: bool,
+    pub(crate) privileged: bool,
     /// Name, id or owner PID of the VM
-    pub vm: String,
+    pub(crate) vm: String,
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<String>,
+    pub(crate) command: Vec<String>,
 }
 
 /// `fcvm ls`.
@@ -213,25 +213,25 @@ pub struct ExecArguments {
 #[command(
     after_help = "Examples:\n  fcvm ls\n  fcvm ls -a --format json\n  fcvm rm $(fcvm ls -aq)"
 )]
-pub struct LsArguments {
+pub(crate) struct LsArguments {
     /// Also those that have ended
     #[arg(short, long)]
-    pub all: bool,
+    pub(crate) all: bool,
     /// Only the VM of this owner process
     #[arg(long, value_name = "N")]
-    pub pid: Option<i32>,
+    pub(crate) pid: Option<i32>,
     /// Only ids
     #[arg(short, long, conflicts_with = "format")]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
     /// Do not shorten ids and commands
     #[arg(long)]
-    pub no_trunc: bool,
+    pub(crate) no_trunc: bool,
     /// Only VMs that match: name=, id=, label=NAME[=VALUE], status=, ancestor=IMAGE
     #[arg(short, long, value_name = "KEY=VALUE")]
-    pub filter: Vec<String>,
+    pub(crate) filter: Vec<String>,
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
-    pub format: Format,
+    pub(crate) format: Format,
 }
 
 /// `fcvm logs`.
@@ -239,27 +239,27 @@ pub struct LsArguments {
 #[command(
     after_help = "Examples:\n  fcvm logs --tail 20 web\n  fcvm logs -f --since 10m web\n  fcvm logs --console web     what the guest's kernel and agent said"
 )]
-pub struct LogsArguments {
+pub(crate) struct LogsArguments {
     /// Go on with what is written from now on, until the VM ends
     #[arg(short, long)]
-    pub follow: bool,
+    pub(crate) follow: bool,
     /// Only the last N lines
     #[arg(long, value_name = "N", default_value = "all")]
-    pub tail: String,
+    pub(crate) tail: String,
     /// Only what came since: a time (RFC 3339) or an age (90s, 10m, 3h, 2d)
     #[arg(long, value_name = "TIME")]
-    pub since: Option<String>,
+    pub(crate) since: Option<String>,
     /// Only what came until: a time (RFC 3339) or an age
     #[arg(long, value_name = "TIME")]
-    pub until: Option<String>,
+    pub(crate) until: Option<String>,
     /// Show the time of each line
     #[arg(short, long)]
-    pub timestamps: bool,
+    pub(crate) timestamps: bool,
     /// Show the guest's console in place of the container's output
     #[arg(long, conflicts_with_all = ["timestamps", "since", "until", "follow"])]
-    pub console: bool,
+    pub(crate) console: bool,
     /// Name, id or owner PID of the VM
-    pub vm: String,
+    pub(crate) vm: String,
 }
 
 /// `fcvm cp`.
@@ -267,119 +267,119 @@ pub struct LogsArguments {
 #[command(
     after_help = "Examples:\n  fcvm cp web:/etc/hosts .\n  fcvm cp data/. web:/srv/data\n  fcvm cp web:/var/log - | tar t      '-' reads or writes a tar archive"
 )]
-pub struct CpArguments {
+pub(crate) struct CpArguments {
     /// Keep the owners of the files copied into the VM (they become root's otherwise)
     #[arg(short, long)]
-    pub archive: bool,
+    pub(crate) archive: bool,
     /// Follow a symbolic link at the end of the source path
     #[arg(short = 'L', long)]
-    pub follow_link: bool,
+    pub(crate) follow_link: bool,
     /// VM:PATH, PATH or '-'
-    pub source: String,
+    pub(crate) source: String,
     /// VM:PATH, PATH or '-'
-    pub destination: String,
+    pub(crate) destination: String,
 }
 
 /// `fcvm stop`.
 #[derive(Debug, Args)]
-pub struct StopArguments {
+pub(crate) struct StopArguments {
     /// Seconds between the stop signal and the end [default: the VM's own, 10]
     #[arg(short, long, value_name = "SECONDS")]
-    pub time: Option<u32>,
+    pub(crate) time: Option<u32>,
     /// All running VMs
     #[arg(short, long)]
-    pub all: bool,
+    pub(crate) all: bool,
     /// No error when a VM does not exist
     #[arg(short, long)]
-    pub ignore: bool,
+    pub(crate) ignore: bool,
     /// Names, ids or owner PIDs of VMs
     #[arg(required_unless_present = "all", conflicts_with = "all")]
-    pub vms: Vec<String>,
+    pub(crate) vms: Vec<String>,
 }
 
 /// `fcvm kill`.
 #[derive(Debug, Args)]
-pub struct KillArguments {
+pub(crate) struct KillArguments {
     /// Signal: name or number
     #[arg(short, long, value_name = "SIGNAL", default_value = "KILL")]
-    pub signal: String,
+    pub(crate) signal: String,
     /// All running VMs
     #[arg(short, long)]
-    pub all: bool,
+    pub(crate) all: bool,
     /// Names, ids or owner PIDs of VMs
     #[arg(required_unless_present = "all", conflicts_with = "all")]
-    pub vms: Vec<String>,
+    pub(crate) vms: Vec<String>,
 }
 
 /// `fcvm rm`.
 #[derive(Debug, Args)]
-pub struct RmArguments {
+pub(crate) struct RmArguments {
     /// Stop VMs that run; no error when a VM does not exist
     #[arg(short, long)]
-    pub force: bool,
+    pub(crate) force: bool,
     /// All VMs
     #[arg(short, long)]
-    pub all: bool,
+    pub(crate) all: bool,
     /// Names, ids or owner PIDs of VMs
     #[arg(required_unless_present = "all", conflicts_with = "all")]
-    pub vms: Vec<String>,
+    pub(crate) vms: Vec<String>,
 }
 
 /// `fcvm wait`.
 #[derive(Debug, Args)]
-pub struct WaitArguments {
+pub(crate) struct WaitArguments {
     /// Names, ids or owner PIDs of VMs
     #[arg(required = true)]
-    pub vms: Vec<String>,
+    pub(crate) vms: Vec<String>,
 }
 
 /// `fcvm inspect`.
 #[derive(Debug, Args)]
-pub struct InspectArguments {
+pub(crate) struct InspectArguments {
     /// Names, ids or owner PIDs of VMs; names of images where no VM is called so
     #[arg(required = true)]
-    pub names: Vec<String>,
+    pub(crate) names: Vec<String>,
 }
 
 /// `fcvm top`.
 #[derive(Debug, Args)]
-pub struct TopArguments {
+pub(crate) struct TopArguments {
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
-    pub format: Format,
+    pub(crate) format: Format,
     /// Name, id or owner PID of the VM
-    pub vm: String,
+    pub(crate) vm: String,
 }
 
 /// `fcvm stats`.
 #[derive(Debug, Args)]
-pub struct StatsArguments {
+pub(crate) struct StatsArguments {
     /// Print once and end
     #[arg(long)]
-    pub no_stream: bool,
+    pub(crate) no_stream: bool,
     /// Seconds between two prints
     #[arg(short, long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
-    pub interval: u32,
+    pub(crate) interval: u32,
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
-    pub format: Format,
+    pub(crate) format: Format,
     /// Names, ids or owner PIDs of VMs [default: all running]
-    pub vms: Vec<String>,
+    pub(crate) vms: Vec<String>,
 }
 
 /// A verb with VMs and no options.
 #[derive(Debug, Args)]
-pub struct VmsArguments {
+pub(crate) struct VmsArguments {
     /// All VMs to which it applies
     #[arg(short, long)]
-    pub all: bool,
+    pub(crate) all: bool,
     /// Names, ids or owner PIDs of VMs
     #[arg(required_unless_present = "all", conflicts_with = "all")]
-    pub vms: Vec<String>,
+    pub(crate) vms: Vec<String>,
 }
 
 /// Reads a VM name for clap.
-pub fn parse_vm_name(text: &str) -> Result<VmName, String> {
+pub(crate) fn parse_vm_name(text: &str) -> Result<VmName, String> {
     text.parse()
         .map_err(|error: fcvm_types::id::IdError| error.to_string())
 }

@@ -12,64 +12,64 @@ use fcvm_types::{ByteSize, PortMapping, VmName};
         fcvm run -it --rm debian:bookworm bash\n  \
         fcvm run -d --name web -p 127.0.0.1:8080:80 -e MODE=test IMAGE\n  \
         fcvm run --cpus 2 -m 1g --network none IMAGE ./untrusted")]
-pub struct RunArguments {
+pub(crate) struct RunArguments {
     /// Name of the VM and, unless --hostname is given, of the guest
     #[arg(long, value_name = "NAME", value_parser = super::parse_vm_name)]
-    pub name: Option<VmName>,
+    pub(crate) name: Option<VmName>,
     /// Run in the background and print the id
     #[arg(short, long)]
-    pub detach: bool,
+    pub(crate) detach: bool,
     /// Remove the VM when it has ended
     #[arg(long)]
-    pub rm: bool,
+    pub(crate) rm: bool,
     /// Pass standard input on
     #[arg(short, long)]
-    pub interactive: bool,
+    pub(crate) interactive: bool,
     /// Give the container a terminal
     #[arg(short, long)]
-    pub tty: bool,
+    pub(crate) tty: bool,
     /// Set an environment variable (NAME=value, or NAME to pass the host's value)
     #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Container")]
-    pub env: Vec<String>,
+    pub(crate) env: Vec<String>,
     /// Read environment variables from a file
     #[arg(long, value_name = "FILE", help_heading = "Container")]
-    pub env_file: Vec<PathBuf>,
+    pub(crate) env_file: Vec<PathBuf>,
     /// Working directory in the container
     #[arg(short, long, value_name = "DIR", help_heading = "Container")]
-    pub workdir: Option<String>,
+    pub(crate) workdir: Option<String>,
     /// Run as this user: name or number, with an optional group
     #[arg(short, long, value_name = "USER[:GROUP]", help_heading = "Container")]
-    pub user: Option<String>,
+    pub(crate) user: Option<String>,
     /// Program to run in place of the image's; an empty text removes the image's
     #[arg(long, value_name = "PROGRAM|JSON", help_heading = "Container")]
-    pub entrypoint: Option<String>,
+    pub(crate) entrypoint: Option<String>,
     /// Host name of the guest
     #[arg(long, value_name = "NAME", help_heading = "Container")]
-    pub hostname: Option<String>,
+    pub(crate) hostname: Option<String>,
     /// The container cannot write to its root file system
     #[arg(long, help_heading = "Container")]
-    pub read_only: bool,
+    pub(crate) read_only: bool,
     /// Add a capability (ALL for all)
     #[arg(long, value_name = "CAP", help_heading = "Container")]
-    pub cap_add: Vec<String>,
+    pub(crate) cap_add: Vec<String>,
     /// Drop a capability (ALL for all)
     #[arg(long, value_name = "CAP", help_heading = "Container")]
-    pub cap_drop: Vec<String>,
+    pub(crate) cap_drop: Vec<String>,
     /// Keep all capabilities and mask nothing: the VM is the boundary
     #[arg(long, help_heading = "Container")]
-    pub privileged: bool,
+    pub(crate) privileged: bool,
     /// Set a resource limit
     #[arg(long, value_name = "NAME=SOFT[:HARD]", help_heading = "Container")]
-    pub ulimit: Vec<String>,
+    pub(crate) ulimit: Vec<String>,
     /// no-new-privileges: setuid programs give nothing
     #[arg(long, value_name = "OPTION", help_heading = "Container")]
-    pub security_opt: Vec<String>,
+    pub(crate) security_opt: Vec<String>,
     /// Add a line to /etc/hosts
     #[arg(long, value_name = "NAME:ADDRESS", help_heading = "Container")]
-    pub add_host: Vec<String>,
+    pub(crate) add_host: Vec<String>,
     /// Signal that stop sends first [default: the image's, else TERM]
     #[arg(long, value_name = "SIGNAL", help_heading = "Container")]
-    pub stop_signal: Option<String>,
+    pub(crate) stop_signal: Option<String>,
     /// Seconds between the stop signal and the end
     #[arg(
         long,
@@ -77,19 +77,19 @@ pub struct RunArguments {
         default_value_t = 10,
         help_heading = "Container"
     )]
-    pub stop_timeout: u32,
+    pub(crate) stop_timeout: u32,
     /// Label of the VM
     #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Container")]
-    pub label: Vec<String>,
+    pub(crate) label: Vec<String>,
     /// Check that the service answers: an http:// URL asked from inside the guest, or a shell command
     #[arg(long, value_name = "URL|CMD", help_heading = "Container")]
-    pub health_check: Option<String>,
+    pub(crate) health_check: Option<String>,
     /// Time between two health checks
     #[arg(long, value_name = "DURATION", default_value = "30s", help_heading = "Container", value_parser = parse_duration)]
-    pub health_interval: std::time::Duration,
+    pub(crate) health_interval: std::time::Duration,
     /// Time limit of a health check
     #[arg(long, value_name = "DURATION", default_value = "30s", help_heading = "Container", value_parser = parse_duration)]
-    pub health_timeout: std::time::Duration,
+    pub(crate) health_timeout: std::time::Duration,
     /// Failures in a row that make the VM unhealthy
     #[arg(
         long,
@@ -97,7 +97,7 @@ pub struct RunArguments {
         default_value_t = 3,
         help_heading = "Container"
     )]
-    pub health_retries: u32,
+    pub(crate) health_retries: u32,
     /// Publish a port of the guest
     #[arg(
         short,
@@ -105,16 +105,16 @@ pub struct RunArguments {
         value_name = "[IP:]HOST:GUEST[/PROTO]",
         help_heading = "Network"
     )]
-    pub publish: Vec<PortMapping>,
+    pub(crate) publish: Vec<PortMapping>,
     /// Network of the VM
     #[arg(long, value_enum, default_value = "rootless", help_heading = "Network")]
-    pub network: NetworkMode,
+    pub(crate) network: NetworkMode,
     /// Name servers of the guest [default: the host's]
     #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
-    pub dns: Vec<std::net::IpAddr>,
+    pub(crate) dns: Vec<std::net::IpAddr>,
     /// Virtual processors
     #[arg(long = "cpus", alias = "cpu", value_name = "N", default_value_t = 1, help_heading = "Machine", value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub cpus: u32,
+    pub(crate) cpus: u32,
     /// Memory of the guest
     #[arg(
         short,
@@ -124,7 +124,7 @@ pub struct RunArguments {
         default_value = "512m",
         help_heading = "Machine"
     )]
-    pub memory: ByteSize,
+    pub(crate) memory: ByteSize,
     /// Size of the VM's writable disk; it takes only what is written
     #[arg(
         long,
@@ -132,41 +132,41 @@ pub struct RunArguments {
         default_value = "10g",
         help_heading = "Machine"
     )]
-    pub disk_size: ByteSize,
+    pub(crate) disk_size: ByteSize,
     /// Hypervisor
     #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
-    pub hypervisor: HypervisorChoice,
+    pub(crate) hypervisor: HypervisorChoice,
     /// Accelerator
     #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
-    pub accel: AcceleratorChoice,
+    pub(crate) accel: AcceleratorChoice,
     /// Guest kernel: a vmlinux or bzImage [default: the one that setup fetched]
     #[arg(long, value_name = "FILE", help_heading = "Machine")]
-    pub kernel: Option<PathBuf>,
+    pub(crate) kernel: Option<PathBuf>,
     /// Time limit from the hypervisor's start to the agent's first word
     #[arg(long, value_name = "DURATION", default_value = "120s", help_heading = "Machine", value_parser = parse_duration)]
-    pub boot_timeout: std::time::Duration,
+    pub(crate) boot_timeout: std::time::Duration,
     /// When to ask the registry for the image
     #[arg(long, value_enum, default_value = "missing", help_heading = "Image")]
-    pub pull: PullPolicy,
+    pub(crate) pull: PullPolicy,
     /// Check the registry's certificate, and refuse plain HTTP
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Image")]
-    pub tls_verify: bool,
+    pub(crate) tls_verify: bool,
     /// Directory of the host in the guest (not in this version)
     #[arg(short, long, alias = "map", value_name = "HOST:GUEST", hide = true)]
-    pub volume: Vec<String>,
+    pub(crate) volume: Vec<String>,
     /// Write the id to this file
     #[arg(long, value_name = "FILE")]
-    pub cidfile: Option<PathBuf>,
+    pub(crate) cidfile: Option<PathBuf>,
     /// The image
-    pub image: String,
+    pub(crate) image: String,
     /// Command in place of the image's
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<String>,
+    pub(crate) command: Vec<String>,
 }
 
 /// `--network`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
-pub enum NetworkMode {
+pub(crate) enum NetworkMode {
     /// User-mode networking: outbound, DNS, published ports; needs no privilege
     Rootless,
     /// A bridge of the host (not in this version)
@@ -177,7 +177,7 @@ pub enum NetworkMode {
 
 /// `--hypervisor`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
-pub enum HypervisorChoice {
+pub(crate) enum HypervisorChoice {
     /// The best that works here
     Auto,
     /// QEMU microvm
@@ -188,7 +188,7 @@ pub enum HypervisorChoice {
 
 /// `--accel`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
-pub enum AcceleratorChoice {
+pub(crate) enum AcceleratorChoice {
     /// KVM where a probe shows that guests run, else TCG
     Auto,
     /// Hardware virtualisation
@@ -199,7 +199,7 @@ pub enum AcceleratorChoice {
 
 /// `--pull`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
-pub enum PullPolicy {
+pub(crate) enum PullPolicy {
     /// When it is not in the store
     Missing,
     /// Every time
@@ -209,7 +209,7 @@ pub enum PullPolicy {
 }
 
 /// Reads a duration for clap: a number with s, m or h; a bare number is seconds.
-pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+pub(crate) fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
     let unit_at = text
         .find(|c: char| !(c.is_ascii_digit() || c == '.'))
         .unwrap_or(text.len());

@@ -9,15 +9,15 @@ use super::Format;
 #[command(
     after_help = "Examples:\n  fcvm setup                           everything that run needs\n  fcvm setup preflight --format json    what this host can do, and the remedy for what it cannot"
 )]
-pub struct SetupArguments {
+pub(crate) struct SetupArguments {
     /// One step; all that run needs where absent
     #[command(subcommand)]
-    pub step: Option<SetupStep>,
+    pub(crate) step: Option<SetupStep>,
 }
 
 /// A step of `fcvm setup`.
 #[derive(Debug, Subcommand)]
-pub enum SetupStep {
+pub(crate) enum SetupStep {
     /// Show what this host has, what it means and the remedy
     Preflight {
         /// Form of the output
@@ -34,7 +34,7 @@ pub enum SetupStep {
 
 /// `fcvm system ...`.
 #[derive(Debug, Subcommand)]
-pub enum SystemCommand {
+pub(crate) enum SystemCommand {
     /// Show what images, kernels, VMs and temporary files take
     Df {
         /// Form of the output
@@ -54,7 +54,7 @@ pub enum SystemCommand {
 
 /// `fcvm test ...`.
 #[derive(Debug, Subcommand)]
-pub enum TestCommand {
+pub(crate) enum TestCommand {
     /// Boot a VM, run a command in it, exec, copy, stop: does this installation work?
     Sanity {
         /// Image to use [default: any that is there, else one is made of busybox]

@@ -42,14 +42,11 @@ async fn stop_one(store: &StateStore, record: &VmRecord, time: Option<u32>) -> a
                 .request(&OwnerRequest::Stop { timeout_s: time })
                 .await?;
         }
-        // Not listening yet, or no more: its owner takes the signal instead.
-        Err(error) if fcvm_process::is_running(record.owner) => {
+        Err(error) => {
+            // Not listening yet, or no more: its owner takes the signal instead.
             tracing::debug!("{error:#}");
-            if let Some(pid) = rustix::process::Pid::from_raw(record.owner.pid) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            }
+            fcvm_process::terminate(record.owner);
         }
-        Err(_) => {}
     }
     Ok(fcvm_process::wait_gone(record.owner).await?)
 }

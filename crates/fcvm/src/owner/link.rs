@@ -10,7 +10,7 @@ use std::rc::Rc;
 use anyhow::{Context as _, bail};
 use fcvm_wire::frame::{Frame, MAX_DATA_BYTES};
 use fcvm_wire::{
-    Channel, Decoder, FrameKind, INITIAL_WINDOW_BYTES, Outcome, Request, Role, StreamId,
+    Decoder, FrameKind, INITIAL_WINDOW_BYTES, Outcome, Request, Role, StreamId,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
@@ -33,7 +33,6 @@ struct Inner {
     last_stream: Cell<StreamId>,
     /// Why the connection ended, once it has.
     ended: RefCell<Option<String>>,
-    end: Notify,
 }
 
 #[derive(Default)]
@@ -99,7 +98,6 @@ impl AgentLink {
             streams: RefCell::default(),
             last_stream: Cell::new(0),
             ended: RefCell::default(),
-            end: Notify::new(),
         }));
         tokio::task::spawn_local(link.clone().read(reader));
         Ok(link)
@@ -119,7 +117,6 @@ impl AgentLink {
         };
         tracing::debug!(target: "agent", "{reason}");
         *self.0.ended.borrow_mut() = Some(reason);
-        self.0.end.notify_waiters();
         for queue in self.0.streams.borrow().values() {
             queue.arrived.notify_one();
         }
@@ -202,17 +199,6 @@ impl AgentLink {
             None => Ok(()),
         }
     }
-
-    /// Waits until the connection has ended; gives the reason.
-    pub(crate) async fn ended(&self) -> String {
-        loop {
-            let notified = self.0.end.notified();
-            if let Some(reason) = &*self.0.ended.borrow() {
-                return reason.clone();
-            }
-            notified.await;
-        }
-    }
 }
 
 /// A stream that the owner opened. Dropping it before its end resets it.
@@ -246,11 +232,6 @@ impl AgentStream {
             bail!("the agent's channel closed");
         }
         Ok(())
-    }
-
-    /// Gives credit on a channel.
-    pub(crate) async fn credit(&self, channel: Channel, bytes: u32) -> anyhow::Result<()> {
-        self.send(Frame::credit(self.id, channel, bytes)).await
     }
 }
 

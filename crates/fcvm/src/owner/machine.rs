@@ -1,7 +1,6 @@
 //! Assembling the machine: disks, network, hypervisor.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -170,7 +169,7 @@ fn interface(backend: Backend, mac: [u8; 6]) -> (Option<NetworkSpec>, Backend) {
         Backend::None => (None, Backend::None),
         Backend::Passt(socket) => (
             Some(NetworkSpec {
-                backend: NetworkBackend::Stream(OwnedFd::from(socket)),
+                backend: NetworkBackend::Stream(socket),
                 mac,
             }),
             Backend::None,

@@ -88,7 +88,7 @@ impl<'a> Supervisor<'a> {
             }
         };
         if let Some(local) = self.local.take() {
-            local.finish().await;
+            crate::client::finish(local, &mut self.signals).await;
         }
         ending
     }
@@ -97,6 +97,10 @@ impl<'a> Supervisor<'a> {
     async fn lost(&self, reason: String) -> Ending {
         let exit = tokio::time::timeout(Duration::from_secs(1), self.vm.machine.wait_exit()).await;
         Ending::Lost(exit.map_or(reason, |exit| exit.to_string()))
+    }
+
+    fn stop_signal(&self) -> i32 {
+        self.vm.record.borrow().stop_signal
     }
 
     async fn step(&mut self) -> anyhow::Result<Option<Ending>> {
@@ -128,7 +132,8 @@ impl<'a> Supervisor<'a> {
             }
             Some(timeout_s) = self.stop_requests.recv() => {
                 let grace = timeout_s.map_or(self.stop_timeout, |seconds| Duration::from_secs(seconds.into()));
-                self.stop(self.vm.record.borrow().stop_signal, grace).await?;
+                let signal = self.stop_signal();
+                self.stop(signal, grace).await?;
                 Ok(None)
             }
             exit = self.vm.machine.wait_exit() => Ok(Some(Ending::Lost(exit.to_string()))),
@@ -195,7 +200,7 @@ impl<'a> Supervisor<'a> {
                 let signal = if self.local.is_some() {
                     signal
                 } else {
-                    self.vm.record.borrow().stop_signal
+                    self.stop_signal()
                 };
                 self.stop(signal, self.stop_timeout).await
             }
@@ -211,7 +216,8 @@ impl<'a> Supervisor<'a> {
 
     /// Begins to end the VM. A second request can only shorten the grace.
     async fn stop(&mut self, signal: i32, grace: Duration) -> anyhow::Result<()> {
-        if self.vm.record.borrow().state == VmState::Paused {
+        let state = self.vm.record.borrow().state;
+        if state == VmState::Paused {
             self.vm.unpause().await?;
         }
         self.vm.update(|record| record.state = VmState::Stopping);

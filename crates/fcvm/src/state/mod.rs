@@ -164,12 +164,6 @@ impl StateStore {
             .with_context(|| format!("cannot write the state record {}", paths.record().display()))
     }
 
-    /// Reads one record.
-    pub(crate) fn read(&self, id: &VmId) -> anyhow::Result<VmRecord> {
-        read_record(&self.paths(id).record())
-            .map_err(|reason| anyhow::anyhow!("the state record of VM {} {reason}", id.short()))
-    }
-
     /// All VMs that can be read, oldest first, the dead settled; a line on stderr for each that cannot.
     pub(crate) fn list(&self) -> anyhow::Result<Vec<VmRecord>> {
         let mut records = Vec::new();
@@ -367,7 +361,7 @@ pub(crate) mod tests {
         let store = store(&dir);
         let me = super::this_process().unwrap();
         let web = record(&store, "web", me);
-        assert_eq!(store.read(&web.id).unwrap(), web);
+        assert_eq!(store.find("web").unwrap(), web);
         let mut twin = web.clone();
         twin.id = VmId::from_random([7; 16]);
         let error = store.create(&twin).unwrap_err().to_string();
@@ -410,15 +404,7 @@ pub(crate) mod tests {
         let good = record(&store, "good", me);
         assert_eq!(store.list().unwrap(), [good]);
         assert!(
-            store
-                .read(&damaged.id)
-                .unwrap_err()
-                .to_string()
-                .contains("is damaged")
-        );
-        assert!(
-            store
-                .read(&future.id)
+            store.find(future.id.short())
                 .unwrap_err()
                 .to_string()
                 .contains("use the newer fcvm")
