@@ -129,10 +129,15 @@ pub struct LayerReader<R> {
     staged_at: usize,
     data_left_bytes: u64,
     padding_left_bytes: u64,
+    max_staged_bytes: usize,
     max_xattr_bytes: usize,
 }
 
 const BLOCK_BYTES: u64 = 512;
+/// Extension headers of one member, each with its block and padding.
+const EXTENSIONS_MAX_COUNT: usize = 16;
+/// A range of a sparse map: two numbers of 64 bits in decimal, each on its line.
+const SEGMENT_MAX_BYTES: usize = 2 * 21;
 
 impl<R: BufRead> LayerReader<R> {
     /// Starts at the beginning of an uncompressed tar stream.
@@ -141,7 +146,7 @@ impl<R: BufRead> LayerReader<R> {
             max_metadata_size: limits.max_header_bytes,
             // Paths are checked by the merge, which knows the caller's limit and the member.
             max_path_len: None,
-            max_pending_entries: 16,
+            max_pending_entries: EXTENSIONS_MAX_COUNT,
             max_sparse_entries: limits.max_sparse_segments,
         });
         // tar-core knows neither negative nor fractional times; `apply_pax` reads every number
@@ -154,6 +159,9 @@ impl<R: BufRead> LayerReader<R> {
             staged_at: 0,
             data_left_bytes: 0,
             padding_left_bytes: 0,
+            max_staged_bytes: limits.max_header_bytes as usize
+                + limits.max_sparse_segments * SEGMENT_MAX_BYTES
+                + (EXTENSIONS_MAX_COUNT + 2) * 2 * BLOCK_BYTES as usize,
             max_xattr_bytes: limits.max_xattr_bytes,
         }
     }
@@ -168,10 +176,14 @@ impl<R: BufRead> LayerReader<R> {
             let event = self.parser.parse(staged);
             let (consumed, member) = match event.map_err(|e| LayerError::Tar(e.to_string()))? {
                 ParseEvent::NeedData { .. } if at_end => return end_of_input(staged),
+                // A sparse map has no length: nothing else bounds one without a line's end.
+                ParseEvent::NeedData { .. } if staged.len() > self.max_staged_bytes => {
+                    return Err(LayerError::Tar("a member's headers are too long".into()));
+                }
                 ParseEvent::NeedData { min_bytes } => {
                     // Doubling keeps the repeated parsing of long extension headers linear.
                     let wanted_bytes = min_bytes.max(staged.len() * 2).max(BLOCK_BYTES as usize);
-                    at_end = self.stage(wanted_bytes, min_bytes)?;
+                    at_end = self.stage(wanted_bytes)?;
                     continue;
                 }
                 ParseEvent::GlobalExtensions { consumed, .. } => (consumed, None),
@@ -251,14 +263,15 @@ impl<R: BufRead> LayerReader<R> {
         }
     }
 
-    /// Extends the staged bytes to `wanted_bytes`; true when the input ended before `min_bytes`.
-    fn stage(&mut self, wanted_bytes: usize, min_bytes: usize) -> Result<bool, LayerError> {
+    /// Extends the staged bytes to `wanted_bytes`; true when the input has ended: the parser may ask
+    /// for less than is staged already, so what it asked for does not tell.
+    fn stage(&mut self, wanted_bytes: usize) -> Result<bool, LayerError> {
         self.staging.drain(..self.staged_at);
         self.staged_at = 0;
         while self.staging.len() < wanted_bytes {
             let bytes = self.source.fill_buf().map_err(LayerError::Io)?;
             if bytes.is_empty() {
-                return Ok(self.staging.len() < min_bytes);
+                return Ok(true);
             }
             let length = bytes.len().min(wanted_bytes - self.staging.len());
             self.staging.extend_from_slice(&bytes[..length]);
@@ -518,6 +531,47 @@ mod tests {
         for bad in ["", ".", "x", "1.x", "--1", "-+1", "99999999999999999999"] {
             assert_eq!(parse_time(bad.as_bytes()), None, "{bad}");
         }
+    }
+
+    /// A header of the type with a valid checksum.
+    fn header(kind: u8, size_bytes: usize) -> Vec<u8> {
+        let mut header = vec![0; 512];
+        header[..4].copy_from_slice(b"name");
+        header[100..108].copy_from_slice(b"0000644\0");
+        header[124..136].copy_from_slice(format!("{size_bytes:011o}\0").as_bytes());
+        header[148..156].fill(b' ');
+        header[156] = kind;
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header
+    }
+
+    /// A file whose sparse map (GNU, PAX format 1.0) is the bytes given.
+    fn sparse_file(map: &[u8]) -> Vec<u8> {
+        let extensions =
+            b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n28 GNU.sparse.realsize=8192\n";
+        let mut archive = header(b'x', extensions.len());
+        archive.extend_from_slice(extensions);
+        archive.resize(1024, 0);
+        archive.extend(header(b'0', map.len()));
+        archive.extend_from_slice(map);
+        archive
+    }
+
+    fn refusal(archive: &[u8]) -> String {
+        match LayerReader::new(archive, &Limits::default()).next_member() {
+            Err(LayerError::Tar(reason)) => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_sparse_map_without_an_end_is_refused() {
+        let reason = refusal(&sparse_file(&[b'1'; 2048]));
+        assert!(reason.contains("ends in the middle"), "{reason}");
+        let reason = refusal(&sparse_file(&vec![b'1'; 64 << 20]));
+        assert!(reason.contains("too long"), "{reason}");
     }
 
     #[test]

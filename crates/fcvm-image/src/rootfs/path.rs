@@ -32,6 +32,13 @@ pub(crate) enum MemberPath<'a> {
 
 /// Splits a member path and classifies it by the whiteout rules of the OCI image specification.
 pub(crate) fn classify(path: &[u8], max_path_bytes: usize) -> Result<MemberPath<'_>, Refusal> {
+    // `/` alone is how some tools name the root directory; it leads nowhere else.
+    let slashes = path.iter().take_while(|&&byte| byte == b'/').count();
+    let path = if slashes == path.len() && slashes > 0 {
+        b"."
+    } else {
+        path
+    };
     let mut parent = components(path, max_path_bytes)?;
     let Some(name) = parent.pop() else {
         return if path.is_empty() {
@@ -111,7 +118,7 @@ mod tests {
         for path in ["a/b/c", "./a/b/c", "a//b/./c/", "a/b/c///"] {
             assert_eq!(classified(path).unwrap(), expected, "{path}");
         }
-        for path in [".", "./", ".//."] {
+        for path in [".", "./", ".//.", "/", "//"] {
             assert_eq!(classified(path).unwrap(), MemberPath::Root, "{path}");
         }
     }
