@@ -29,7 +29,7 @@ pub(crate) struct Description<'d> {
 }
 
 /// Writes configuration and manifest and enters the image.
-pub(crate) fn finish(ingest: Ingest<'_>, image: Description<'_>) -> Result<Image, StoreError> {
+pub(crate) fn finish(ingest: Ingest, image: Description<'_>) -> Result<Image, StoreError> {
     let (layer, layer_bytes) = image.layer;
     let created = OffsetDateTime::now_utc()
         .replace_nanosecond(0)

@@ -41,7 +41,7 @@ enum Member {
 }
 
 impl Archive {
-    pub(super) fn open(path: &Path, ingest: &Ingest<'_>) -> Result<Self, ImportError> {
+    pub(super) fn open(path: &Path, ingest: &Ingest) -> Result<Self, ImportError> {
         let read_error = |source| ImportError::Read {
             path: path.to_owned(),
             source,
@@ -70,7 +70,7 @@ fn plain(
     mut file: File,
     is_regular: bool,
     path: &Path,
-    ingest: &Ingest<'_>,
+    ingest: &Ingest,
 ) -> Result<File, ImportError> {
     let read_error = |source| ImportError::Read {
         path: path.to_owned(),

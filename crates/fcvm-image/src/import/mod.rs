@@ -1,7 +1,7 @@
 //! Images from files and directories of this machine: OCI layouts, archives, root file systems.
 //!
-//! Nothing is unpacked: members of an archive are read where they lie. Whatever is wrong with the
-//! input, the store is as before.
+//! Nothing is unpacked: members of an archive are read where they lie. An image with which something
+//! is wrong leaves nothing in the store.
 
 mod archive;
 mod directory;
@@ -274,7 +274,7 @@ impl Import<'_> {
     /// Copies one layer, unless it is here.
     fn layer(
         &self,
-        ingest: &Ingest<'_>,
+        ingest: &Ingest,
         members: &dyn Members,
         (path, name): (&Path, &Path),
         digest: &Digest,

@@ -59,11 +59,7 @@ async fn wait(failure: Failure, tries: &mut u32) -> Result<(), PullError> {
 }
 
 impl LayerPull<'_> {
-    pub(super) async fn run(
-        self,
-        ingest: &Ingest<'_>,
-        parallel: &Semaphore,
-    ) -> Result<(), PullError> {
+    pub(super) async fn run(self, ingest: &Ingest, parallel: &Semaphore) -> Result<(), PullError> {
         let task = self
             .progress
             .start(&self.digest.short(), Some(self.size_bytes));

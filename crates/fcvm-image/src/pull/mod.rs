@@ -86,7 +86,7 @@ pub async fn pull(
     let registry = Registry::connect(reference, options).await?;
     let bytes = fetch_manifest(&registry, reference, options).await?;
     let manifest = format::parse_manifest(&bytes).map_err(|error| unusable(reference, error))?;
-    let ingest = store.begin()?;
+    let ingest = store.begin_resumable()?;
     let config = fetch_config(&registry, store, &manifest, options, reference).await?;
     let parallel = Semaphore::new(options.parallel_count.max(1));
     let mut seen = HashSet::new();

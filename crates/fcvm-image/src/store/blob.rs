@@ -5,8 +5,10 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
+use std::mem;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use oci_spec::image::MediaType;
 use tempfile::NamedTempFile;
@@ -20,13 +22,23 @@ const PARTIAL_PREFIX: &str = "partial-";
 const COPY_BUFFER_BYTES: usize = 256 * 1024;
 
 impl ImageStore {
-    /// Begins to add an image. Nothing is removed from the store while the value lives.
-    pub(crate) fn begin(&self) -> Result<Ingest<'_>, StoreError> {
+    /// Begins to add an image. Nothing is removed from the store while the value lives. Dropped
+    /// before [`Ingest::finish`], it takes away what it has added.
+    pub(crate) fn begin(&self) -> Result<Ingest, StoreError> {
         let lock = Lock::shared(&self.dir.join(CONTENT_LOCK))?;
         Ok(Ingest {
-            store: self,
-            _lock: lock,
+            store: self.clone(),
+            lock: Some(lock),
+            added: Mutex::default(),
+            keeps_content: false,
         })
+    }
+
+    /// As [`begin`](Self::begin), and what was added stays for the next try.
+    pub(crate) fn begin_resumable(&self) -> Result<Ingest, StoreError> {
+        let mut ingest = self.begin()?;
+        ingest.keeps_content = true;
+        Ok(ingest)
     }
 
     /// Opens what an earlier try left of this blob, or begins it. Another process that downloads the
@@ -53,12 +65,28 @@ impl ImageStore {
 
 /// An image on its way into the store.
 #[derive(Debug)]
-pub(crate) struct Ingest<'s> {
-    store: &'s ImageStore,
-    _lock: Lock,
+pub(crate) struct Ingest {
+    store: ImageStore,
+    lock: Option<Lock>,
+    /// Blobs that were not here before.
+    added: Mutex<Vec<Digest>>,
+    keeps_content: bool,
 }
 
-impl Ingest<'_> {
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        let added = mem::take(self.added.get_mut().unwrap_or_else(PoisonError::into_inner));
+        // The lock of this process would keep it from the exclusive one.
+        self.lock = None;
+        if !self.keeps_content && !added.is_empty() {
+            // Where others add images at this moment they may count on these blobs already; then
+            // the next prune removes what nobody has come to need.
+            let _ = self.store.free_blobs(&added);
+        }
+    }
+}
+
+impl Ingest {
     /// A complete blob of this digest and size is here. Its content was verified when it came and
     /// is verified again when it is used.
     pub(crate) fn has(&self, digest: &Digest, size_bytes: u64) -> bool {
@@ -75,7 +103,7 @@ impl Ingest<'_> {
             .lock()
             .map_err(StoreError::io("lock", file.path()))?;
         Ok(BlobWriter {
-            store: self.store,
+            ingest: self,
             file,
             hasher: Hasher::default(),
             limit_bytes,
@@ -119,21 +147,27 @@ impl Ingest<'_> {
     }
 
     /// Enters the image, all of whose blobs are here, and gives it these names.
-    pub(crate) fn finish(self, manifest: &[u8], names: &[Reference]) -> Result<Image, StoreError> {
+    pub(crate) fn finish(
+        mut self,
+        manifest: &[u8],
+        names: &[Reference],
+    ) -> Result<Image, StoreError> {
         let parsed = format::parse_manifest(manifest)?;
         let digest = self.put(manifest)?;
         let media_type = parsed
             .media_type()
             .clone()
             .unwrap_or(MediaType::ImageManifest);
-        index::update(&self.store.dir, |index| {
+        let image = index::update(&self.store.dir, |index| {
             index.add(digest, media_type, manifest.len() as u64);
             for name in names {
                 index.set_name(name, digest);
             }
             // Everything is read once more before the index promises it.
             self.store.load(index, digest)
-        })
+        })?;
+        self.keeps_content = true;
+        Ok(image)
     }
 }
 
@@ -152,8 +186,8 @@ impl From<StoreError> for CopyError {
 
 /// A blob being written. Dropped, it leaves nothing.
 #[derive(Debug)]
-pub(crate) struct BlobWriter<'s> {
-    store: &'s ImageStore,
+pub(crate) struct BlobWriter<'i> {
+    ingest: &'i Ingest,
     file: NamedTempFile,
     hasher: Hasher,
     limit_bytes: u64,
@@ -218,7 +252,15 @@ impl BlobWriter<'_> {
             });
         }
         let (file, path) = self.file.into_parts();
-        publish(&file, &path, &self.store.blob_path(&actual))?;
+        let blob = self.ingest.store.blob_path(&actual);
+        if !blob.exists() {
+            let mut added = self.ingest.added.lock();
+            added
+                .as_mut()
+                .unwrap_or_else(|error| error.get_mut())
+                .push(actual);
+        }
+        publish(&file, &path, &blob)?;
         // It has its final name: the guard must not remove the temporary one, which is gone.
         let _ = path.keep();
         Ok((actual, size_bytes))

@@ -77,6 +77,19 @@ impl ImageStore {
         self.sweep(&lock, false)
     }
 
+    /// Frees these blobs if no image refers to them.
+    pub(super) fn free_blobs(&self, blobs: &[Digest]) -> Result<(), StoreError> {
+        let _lock = Lock::try_exclusive(&self.dir.join(CONTENT_LOCK))?;
+        let needed = self.needed(&Index::read(&self.dir)?.manifests())?;
+        for digest in blobs {
+            if !needed.blobs.contains(&digest.hex()) {
+                let path = self.blob_path(digest);
+                fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Counts what the store takes.
     pub fn usage(&self, in_use: &dyn Fn(&Digest) -> bool) -> Result<Usage, StoreError> {
         let index = Index::read(&self.dir)?;
