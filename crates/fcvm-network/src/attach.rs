@@ -10,7 +10,7 @@ use fcvm_types::guest::{GuestIpv6, GuestNetwork};
 
 use crate::error::NetworkError;
 use crate::host::{HostResolver, HostRoutes};
-use crate::passt::HostLoopback;
+use crate::passt::{HostLoopback, Shortcomings};
 use crate::{passt, ports};
 
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -125,15 +125,16 @@ async fn passt_network(
     options: &NetworkOptions,
 ) -> Result<Attachment, NetworkError> {
     ports::check(&options.ports, options.routes.has_ipv6())?;
-    let loopback = HostLoopback::choose(program, &options.ports);
+    let (loopback, note) = if options.ports.is_empty() {
+        (HostLoopback::Hidden, None)
+    } else {
+        let shortcomings = Shortcomings::of(program);
+        let ports = &options.ports;
+        (shortcomings.host_loopback(ports), shortcomings.note(ports))
+    };
     let guest = passt::guest(&options.resolver, &options.routes);
     let (helper, socket) =
         passt::start(program, &options.ports, &options.routes, &guest, loopback).await?;
-    let note = (loopback == HostLoopback::AtGateway).then(|| {
-        "this passt is of before August 2024 and a UDP port is published, so the guest reaches the \
-         services of the host's loopback at 10.0.2.2; a newer passt would keep them apart"
-            .to_owned()
-    });
     Ok(Attachment {
         backend: Backend::Passt(socket),
         mac: GUEST_MAC,

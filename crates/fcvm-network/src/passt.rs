@@ -52,33 +52,69 @@ pub(crate) enum HostLoopback {
     AtGateway,
 }
 
-impl HostLoopback {
-    /// Hidden, unless that would break a published port: passt before August 2024 (Debian 12 has
-    /// one of 2023) sends a guest's UDP answer to a client on the host's loopback by the same rule
-    /// that leads the guest to the loopback (udp_tap_handler() there). Later ones remember who
+/// What an older passt gets wrong with published ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shortcomings {
+    /// Before August 2024 a guest's UDP answer to a client on the host's loopback goes by the same
+    /// rule that leads the guest to the loopback (udp_tap_handler() there). Later ones remember who
     /// asked.
-    pub(crate) fn choose(program: &Path, ports: &[PortMapping]) -> Self {
-        let udp = ports.iter().any(|port| port.protocol == Protocol::Udp);
-        if udp && !knows(program, "--map-host-loopback") {
-            Self::AtGateway
-        } else {
-            Self::Hidden
+    forgets_udp_clients: bool,
+    /// Before October 2023 the guest learns of a connection only when the client sends something
+    /// (tcp_conn_from_sock_finish() there), so a server that speaks first never does.
+    waits_for_client: bool,
+}
+
+impl Shortcomings {
+    /// By what its help prints and where: Debian 12's says of itself "unknown version". The help came
+    /// to standard output in June 2023, so the four months after that pass for sound.
+    pub(crate) fn of(program: &Path) -> Self {
+        let output = Command::new(program)
+            .arg("--help")
+            .env_clear()
+            .stdin(Stdio::null())
+            .output();
+        let help = output.map_or_else(|_| Vec::new(), |output| output.stdout);
+        let help = String::from_utf8_lossy(&help);
+        Self {
+            forgets_udp_clients: !help.contains("--map-host-loopback"),
+            waits_for_client: !help.contains("--tcp-ports"),
         }
+    }
+
+    /// The loopback stays hidden unless that would break a published port.
+    pub(crate) fn host_loopback(self, ports: &[PortMapping]) -> HostLoopback {
+        if self.forgets_udp_clients && publishes(ports, Protocol::Udp) {
+            HostLoopback::AtGateway
+        } else {
+            HostLoopback::Hidden
+        }
+    }
+
+    /// What the user should know.
+    pub(crate) fn note(self, ports: &[PortMapping]) -> Option<String> {
+        let mut effects = Vec::new();
+        if self.waits_for_client && publishes(ports, Protocol::Tcp) {
+            effects.push(
+                "servers that speak first (SMTP, MySQL, ...) are not heard on published TCP ports",
+            );
+        }
+        if self.host_loopback(ports) == HostLoopback::AtGateway {
+            effects.push(
+                "the guest reaches the services of the host's loopback at 10.0.2.2, as published \
+                 UDP ports need it",
+            );
+        }
+        (!effects.is_empty()).then(|| {
+            format!(
+                "this passt is old: {}; a passt of 2024-08-21 or later is free of that",
+                effects.join(", and ")
+            )
+        })
     }
 }
 
-/// Whether passt's help names an option. The option is what tells versions apart: Debian 12's says
-/// "unknown version".
-fn knows(program: &Path, option: &str) -> bool {
-    let output = Command::new(program)
-        .arg("--help")
-        .env_clear()
-        .stdin(Stdio::null())
-        .output();
-    output.is_ok_and(|output| {
-        let has = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains(option);
-        has(&output.stdout) || has(&output.stderr)
-    })
+fn publishes(ports: &[PortMapping], protocol: Protocol) -> bool {
+    ports.iter().any(|port| port.protocol == protocol)
 }
 
 /// Starts passt and waits until it answers on its socket.
@@ -309,6 +345,27 @@ mod tests {
         };
         assert!(line("nameserver 127.0.0.53").contains("--dns-forward 10.0.2.3"));
         assert!(!line("nameserver 192.0.2.1").contains("--dns-forward"));
+    }
+
+    #[test]
+    fn loopback_is_hidden_unless_a_published_port_needs_it() {
+        let ports = |text: &str| vec![text.parse::<PortMapping>().unwrap()];
+        let (tcp, udp) = (ports("8080:80"), ports("5300:53/udp"));
+        let old = Shortcomings {
+            forgets_udp_clients: true,
+            waits_for_client: true,
+        };
+        assert_eq!(old.host_loopback(&tcp), HostLoopback::Hidden);
+        assert_eq!(old.host_loopback(&udp), HostLoopback::AtGateway);
+        assert!(old.note(&tcp).unwrap().contains("speak first"));
+        assert!(old.note(&udp).unwrap().contains("at 10.0.2.2"));
+        assert_eq!(old.note(&[]), None);
+        let new = Shortcomings {
+            forgets_udp_clients: false,
+            waits_for_client: false,
+        };
+        assert_eq!(new.host_loopback(&udp), HostLoopback::Hidden);
+        assert_eq!(new.note(&[tcp, udp].concat()), None);
     }
 
     #[test]
