@@ -149,7 +149,7 @@ impl<R: BufRead> LayerReader<R> {
             max_pending_entries: EXTENSIONS_MAX_COUNT,
             max_sparse_entries: limits.max_sparse_segments,
         });
-        // tar-core knows neither negative nor fractional times; `apply_pax` reads every number
+        // tar-core knows neither negative nor fractional times; `PaxNumbers` reads every number
         // again and refuses what is malformed.
         parser.set_ignore_pax_errors(true);
         Self {

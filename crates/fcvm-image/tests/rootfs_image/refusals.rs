@@ -192,6 +192,34 @@ fn inconsistent_sparse_maps_are_refused() {
 }
 
 #[test]
+fn sparse_maps_without_line_ends_are_refused() {
+    let entry = |data: Vec<u8>| {
+        Entry::file("f", data)
+            .pax("GNU.sparse.major", "1")
+            .pax("GNU.sparse.minor", "0")
+            .pax("GNU.sparse.realsize", "8192")
+    };
+    let digits = |length: usize| vec![b'1'; length];
+    let limits = Limits {
+        max_sparse_segments: 10,
+        max_header_bytes: 4096,
+        ..Limits::default()
+    };
+    for length in [10, 700, 2000, 1 << 20] {
+        // A line that never ends, at its start and after a good one.
+        for start in ["", "2\n0\n"] {
+            let data = [start.as_bytes(), &digits(length)].concat();
+            error_of(&[tar(&[entry(data.clone())])], &limits);
+            let mut cut = entry(data).bytes();
+            cut.truncate(cut.len().saturating_sub(512));
+            error_of(&[cut], &limits);
+        }
+    }
+    let endless = [entry(digits(1 << 20)).bytes(), digits(1 << 20)].concat();
+    assert!(error_of(&[endless], &limits).contains("headers are too long"));
+}
+
+#[test]
 fn damaged_archives_are_refused() {
     let whole = tar(&[
         Entry::file("first", vec![1; 5000]),
