@@ -8,6 +8,31 @@ use anyhow::{Context as _, bail};
 use crate::args::GlobalOptions;
 use crate::state::StateStore;
 
+/// Proxies, as the environment's variables of the same names give them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Proxies {
+    pub(crate) https: Option<String>,
+    pub(crate) http: Option<String>,
+    pub(crate) none: Option<String>,
+}
+
+impl Proxies {
+    fn from_environment() -> Self {
+        // Both spellings are in use; the lower-case one is the older.
+        let either = |lower: &str, upper: &str| {
+            [lower, upper]
+                .iter()
+                .find_map(|name| std::env::var(name).ok())
+                .filter(|value| !value.is_empty())
+        };
+        Self {
+            https: either("https_proxy", "HTTPS_PROXY"),
+            http: either("http_proxy", "HTTP_PROXY"),
+            none: either("no_proxy", "NO_PROXY"),
+        }
+    }
+}
+
 /// What every command needs to know of its surroundings.
 #[derive(Debug, Clone)]
 pub(crate) struct Context {
@@ -15,8 +40,10 @@ pub(crate) struct Context {
     pub(crate) data_dir: PathBuf,
     /// Control sockets.
     pub(crate) runtime_dir: PathBuf,
-    /// The user's home directory, where there is one.
-    pub(crate) home: Option<PathBuf>,
+    /// Podman's and Docker's files with credentials for registries, the most important one first.
+    pub(crate) credential_files: Vec<PathBuf>,
+    /// Proxies for registries.
+    pub(crate) proxies: Proxies,
     /// Where programs are looked for.
     pub(crate) search_path: std::ffi::OsString,
 }
@@ -51,10 +78,19 @@ impl Context {
         let mut directories: Vec<PathBuf> = std::env::split_paths(&search_path).collect();
         directories.extend(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from));
         let search_path = std::env::join_paths(directories).unwrap_or(search_path);
+        let under = |base: Option<PathBuf>, rest: &str| base.map(|base| base.join(rest));
+        let config = variable("XDG_CONFIG_HOME").or_else(|| under(home.clone(), ".config"));
+        let docker = variable("DOCKER_CONFIG").or_else(|| under(home.clone(), ".docker"));
+        let credential_files = [
+            under(variable("XDG_RUNTIME_DIR"), "containers/auth.json"),
+            under(config, "containers/auth.json"),
+            under(docker, "config.json"),
+        ];
         Ok(Self {
             data_dir,
             runtime_dir,
-            home,
+            credential_files: credential_files.into_iter().flatten().collect(),
+            proxies: Proxies::from_environment(),
             search_path,
         })
     }

@@ -1,10 +1,12 @@
 //! `fcvm image`.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::bail;
 use fcvm_image::import::{ImportOptions, Source};
 use fcvm_image::progress::Progress;
+use fcvm_image::pull::PullOptions;
 use fcvm_image::{Digest, Image, ImageStore, Reference, StoreError};
 use fcvm_types::ByteSize;
 use fcvm_types::record::VmState;
@@ -202,20 +204,41 @@ async fn pull(context: &Context, arguments: &PullArguments) -> anyhow::Result<u8
 /// What `pull` and `run --pull` say of a registry.
 pub(crate) struct PullSettings {
     pub(crate) tls_verify: bool,
-    pub(crate) cert_dir: Option<std::path::PathBuf>,
+    pub(crate) cert_dir: Option<PathBuf>,
     pub(crate) credentials: Option<String>,
-    pub(crate) authfile: Option<std::path::PathBuf>,
+    pub(crate) authfile: Option<PathBuf>,
 }
 
 /// Pulls an image from its registry.
 pub(crate) async fn pull_one(
-    _context: &Context,
-    _store: &ImageStore,
-    _name: &str,
-    _settings: PullSettings,
-    _progress: Arc<Shown>,
+    context: &Context,
+    store: &ImageStore,
+    name: &str,
+    settings: PullSettings,
+    progress: Arc<Shown>,
 ) -> anyhow::Result<Image> {
-    bail!("x")
+    let reference: Reference = name.parse()?;
+    let system = ["/etc/containers/certs.d", "/etc/docker/certs.d"];
+    let certificates = system.map(|directory| PathBuf::from(directory).join(reference.registry()));
+    let options = PullOptions {
+        tls_verify: settings.tls_verify,
+        certificate_dirs: settings.cert_dir.into_iter().chain(certificates).collect(),
+        credential: settings
+            .credentials
+            .as_deref()
+            .map(str::parse)
+            .transpose()?,
+        credential_files: settings
+            .authfile
+            .into_iter()
+            .chain(context.credential_files.iter().cloned())
+            .collect(),
+        https_proxy: context.proxies.https.clone(),
+        http_proxy: context.proxies.http.clone(),
+        no_proxy: context.proxies.none.clone(),
+        ..PullOptions::default()
+    };
+    Ok(fcvm_image::pull::pull(store, &reference, &options, &*progress).await?)
 }
 
 fn import(context: &Context, arguments: &ImportArguments) -> anyhow::Result<u8> {

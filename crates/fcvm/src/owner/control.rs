@@ -58,10 +58,23 @@ async fn serve_client(socket: UnixStream, vm: Rc<RunningVm>) {
     }
 }
 
+/// A stream that is passed on to a client. Dropped while it runs, it is reset in the guest.
+struct PassedOn {
+    stream: Rc<AgentStream>,
+    forwarding: tokio::task::AbortHandle,
+}
+
+impl Drop for PassedOn {
+    fn drop(&mut self) {
+        // The task holds the stream as well, and may wait for ever for a guest that says nothing.
+        self.forwarding.abort();
+    }
+}
+
 struct Client {
     vm: Rc<RunningVm>,
     outgoing: mpsc::Sender<Frame>,
-    streams: HashMap<StreamId, Rc<AgentStream>>,
+    streams: HashMap<StreamId, PassedOn>,
     /// Streams whose forwarding has ended.
     ended: (
         mpsc::UnboundedSender<StreamId>,
@@ -118,7 +131,7 @@ impl Client {
             | FrameKind::Reset => {
                 // A frame for a stream that has just ended is late, not wrong.
                 match self.streams.get(&id) {
-                    Some(stream) => stream.send(frame).await,
+                    Some(passed_on) => passed_on.stream.send(frame).await,
                     None => Ok(()),
                 }
             }
@@ -149,11 +162,11 @@ impl Client {
             bail!("that request is the owner's own");
         }
         let stream = Rc::new(self.vm.open(&request).await?);
-        self.streams.insert(id, Rc::clone(&stream));
         let (outgoing, ended) = (self.outgoing.clone(), self.ended.0.clone());
-        tokio::task::spawn_local(async move {
+        let forwarded = Rc::clone(&stream);
+        let forwarding = tokio::task::spawn_local(async move {
             loop {
-                let mut frame = stream.next().await.unwrap_or_else(|error| {
+                let mut frame = forwarded.next().await.unwrap_or_else(|error| {
                     let failure = Failure {
                         kind: FailureKind::Guest,
                         message: error.to_string(),
@@ -169,6 +182,8 @@ impl Client {
             // Fails when the client is gone, and the streams with it.
             let _ = ended.send(id);
         });
+        let forwarding = forwarding.abort_handle();
+        self.streams.insert(id, PassedOn { stream, forwarding });
         Ok(())
     }
 }

@@ -9,9 +9,7 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, bail};
 use fcvm_wire::frame::{Frame, MAX_DATA_BYTES};
-use fcvm_wire::{
-    Decoder, FrameKind, INITIAL_WINDOW_BYTES, Outcome, Request, Role, StreamId,
-};
+use fcvm_wire::{Decoder, FrameKind, INITIAL_WINDOW_BYTES, Outcome, Request, Role, StreamId};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
 

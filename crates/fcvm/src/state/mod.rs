@@ -404,7 +404,8 @@ pub(crate) mod tests {
         let good = record(&store, "good", me);
         assert_eq!(store.list().unwrap(), [good]);
         assert!(
-            store.find(future.id.short())
+            store
+                .find(future.id.short())
                 .unwrap_err()
                 .to_string()
                 .contains("use the newer fcvm")
