@@ -233,7 +233,9 @@ fn network_device(line: &mut Line, network: &Network, fd: Option<i32>) {
 
 fn user_network(forwards: &[PortMapping], ipv6: bool) -> String {
     let ipv6 = if ipv6 { "on" } else { "off" };
-    let mut netdev = format!("user,id=net0,net=10.0.2.0/24,host=10.0.2.2,dns=10.0.2.3,ipv6={ipv6}");
+    // QEMU takes a network with one family named to be without the other.
+    let mut netdev =
+        format!("user,id=net0,ipv4=on,ipv6={ipv6},net=10.0.2.0/24,host=10.0.2.2,dns=10.0.2.3");
     for forward in forwards {
         let address = forward
             .host_address
@@ -315,7 +317,7 @@ mod tests {
         let forwards = ["8080:80", "127.0.0.1:5300:53/udp"].map(|text| text.parse().unwrap());
         let netdev = user_network(&forwards, false);
         assert!(
-            netdev.ends_with("ipv6=off,hostfwd=tcp::8080-:80,hostfwd=udp:127.0.0.1:5300-:53"),
+            netdev.ends_with("dns=10.0.2.3,hostfwd=tcp::8080-:80,hostfwd=udp:127.0.0.1:5300-:53"),
             "{netdev}"
         );
     }

@@ -1,10 +1,13 @@
 //! Launching, watching and ending VMs, and what is said when that can not be.
 
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 
 use crate::support::{Ending, qemu, read_console_bytes, read_console_until, spec, write_kernel};
 use fcvm_hypervisor::qemu::{ExitCause, Qemu, VmEvent};
-use fcvm_hypervisor::{DiskSpec, HypervisorError, Launch, Pause};
+use fcvm_hypervisor::{DiskSpec, HypervisorError, Launch, NetworkBackend, NetworkSpec, Pause};
 
 #[tokio::test]
 async fn guest_runs_pauses_resumes_and_is_killed() {
@@ -160,4 +163,43 @@ async fn qemu_that_is_missing_or_too_old() {
         error.to_string().contains("5.2.0") && error.to_string().contains("7.2.0 or later"),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn user_network_publishes_ports_and_stream_network_is_connected() {
+    let Some(qemu) = qemu() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = write_kernel(directory.path(), "", Ending::Halt);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let network = |port: u16| NetworkSpec {
+        backend: NetworkBackend::User {
+            forwards: vec![format!("127.0.0.1:{port}:80").parse().unwrap()],
+            ipv6: true,
+        },
+        mac: [0x52, 0x54, 0, 0xfc, 0, 0x0f],
+    };
+    let (mut taken, _console) = spec(kernel.clone());
+    taken.network = Some(network(port));
+    let error = qemu.launch(taken).await.unwrap_err().to_string();
+    assert!(error.contains(&port.to_string()), "{error}");
+    drop(listener);
+    let (mut free, _console) = spec(kernel.clone());
+    free.network = Some(network(port));
+    let _vm = qemu.launch(free).await.unwrap();
+    TcpStream::connect(("127.0.0.1", port)).unwrap();
+
+    let (backend, other) = UnixStream::pair().unwrap();
+    let (mut stream, _console) = spec(kernel);
+    stream.network = Some(NetworkSpec {
+        backend: NetworkBackend::Stream(other.into()),
+        ..network(port)
+    });
+    let vm = qemu.launch(stream).await.unwrap();
+    backend.set_nonblocking(true).unwrap();
+    // QEMU holds the other end: nothing to read, and no end.
+    let error = (&backend).read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    drop(vm);
+    assert_eq!((&backend).read(&mut [0]).unwrap(), 0);
 }
