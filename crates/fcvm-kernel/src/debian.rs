@@ -51,24 +51,23 @@ pub(crate) fn fetch(
 ) -> Result<FetchedPackage> {
     let apt = Apt::prepare(directory, architecture)?;
     if !newest && Some(architecture) == Architecture::host() {
-        let lists = Lists::Host;
-        if let Some(candidate) = apt.candidate(lists)? {
-            match apt.download(lists, &candidate, progress) {
-                // The archive drops a version when a newer one comes: the host's lists are old.
-                Err(KernelError::ProgramFailed { output, .. }) => {
-                    tracing::debug!(%output, "the host's package lists do not do");
-                }
-                other => return other,
+        match apt.fetch_newest(Lists::Host, progress) {
+            Ok(Some(fetched)) => return Ok(fetched),
+            Ok(None) => {}
+            // The archive drops a version when a newer one comes: the host's lists are old.
+            Err(KernelError::ProgramFailed { output, .. }) => {
+                tracing::debug!(%output, "the host's package lists do not do");
             }
+            Err(error) => return Err(error),
         }
     }
     let update_failure = match apt.lists_are_fresh() {
         true => None,
         false => apt.update(progress).err(),
     };
-    match (apt.candidate(Lists::Own)?, update_failure) {
+    match (apt.fetch_newest(Lists::Own, progress)?, update_failure) {
         // One unreachable source among several does not matter as long as the kernel's answers.
-        (Some(candidate), _) => apt.download(Lists::Own, &candidate, progress),
+        (Some(fetched), _) => Ok(fetched),
         (None, Some(failure)) => Err(failure),
         (None, None) => Err(KernelError::NoPackage {
             package: apt.meta_package(),
@@ -153,6 +152,7 @@ impl Apt {
         let architecture = self.architecture.debian_name();
         // Dir::Etc::main and parts: the host's files are in this one already. Sandbox::User: the
         // sandbox user may not enter our directory, and without root there is no other user anyway.
+        // Error-Mode: a source that does not answer is an error to tell, not a list that is empty.
         format!(
             "Dir::Etc::main \"/dev/null\";\n\
              Dir::Etc::parts \"/dev/null\";\n\
@@ -167,6 +167,7 @@ impl Apt {
              APT::Sandbox::User \"root\";\n\
              APT::Get::AllowUnauthenticated \"false\";\n\
              APT::Status-Fd \"1\";\n\
+             APT::Update::Error-Mode \"any\";\n\
              Acquire::Languages \"none\";\n\
              Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n"
         )
@@ -175,6 +176,14 @@ impl Apt {
     /// The package that names the newest kernel by its dependency.
     fn meta_package(&self) -> String {
         format!("linux-image-cloud-{}", self.architecture.debian_name())
+    }
+
+    /// Downloads the newest kernel that the lists have, where they have one.
+    fn fetch_newest(&self, lists: Lists, progress: Progress<'_>) -> Result<Option<FetchedPackage>> {
+        match self.candidate(lists)? {
+            Some(candidate) => self.download(lists, &candidate, progress).map(Some),
+            None => Ok(None),
+        }
     }
 
     fn lists_are_fresh(&self) -> bool {
@@ -246,7 +255,11 @@ impl Apt {
         ) {
             Ok(record) if record.trim().is_empty() => Ok(None),
             Ok(record) => Ok(Some(record)),
-            Err(KernelError::ProgramFailed { .. }) => Ok(None),
+            Err(KernelError::ProgramFailed { output, .. })
+                if output.contains("No packages found") =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }
