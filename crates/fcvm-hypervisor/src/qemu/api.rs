@@ -219,6 +219,12 @@ impl QmpClient {
         self.events.lock().await.recv().await
     }
 
+    /// Forgets the events that have arrived.
+    pub(super) async fn forget_events(&self) {
+        let mut events = self.events.lock().await;
+        while events.try_recv().is_ok() {}
+    }
+
     /// Waits until all that QEMU sent has been read, and tells why it said it would end.
     pub(super) async fn drained(&self) -> Option<ShutdownReason> {
         let mut ended = self.ended.clone();

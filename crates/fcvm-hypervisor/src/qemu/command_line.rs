@@ -174,6 +174,8 @@ impl Machine {
         line.option("-display", "none".to_owned());
         // A guest that resets ends its VM.
         line.flag("-no-reboot");
+        // The guest waits until the control channel is open, or an early end would go untold.
+        line.flag("-S");
         line.option(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned(),

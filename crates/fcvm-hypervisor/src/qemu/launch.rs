@@ -112,7 +112,8 @@ impl Launch for Qemu {
 }
 
 impl Qemu {
-    /// The control channel, once QEMU answers on it; why it ended, where it does not.
+    /// Starts the guest, once QEMU answers on its control channel; tells why it ended, where it does
+    /// not.
     async fn connect(
         &self,
         helper: &HelperProcess,
@@ -121,6 +122,9 @@ impl Qemu {
         let error = match QmpClient::connect(control, START_TIMEOUT).await {
             Ok(client) => {
                 self.require(client.version())?;
+                client.execute("cont", Value::Null, START_TIMEOUT).await?;
+                // That it runs is no news: the event comes before the answer.
+                client.forget_events().await;
                 return Ok(client);
             }
             Err(error @ HypervisorError::Disconnected { .. }) => error,
