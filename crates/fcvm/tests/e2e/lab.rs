@@ -20,6 +20,8 @@ use crate::process::{self, LIMIT, Output, Running};
 
 /// An ordinary user: Debian's `nobody`.
 const NOBODY: u32 = 65_534;
+/// Cache of what a probe of the accelerators found.
+const HOST_PROBE: &str = "host-probe.json";
 
 /// A place to run fcvm in.
 pub(crate) struct Lab {
@@ -46,6 +48,7 @@ impl Lab {
         for part in ["kernels", "images"] {
             symlink(base.data.join(part), lab.data.join(part)).unwrap();
         }
+        lab.know_host(base);
         Some(lab)
     }
 
@@ -54,6 +57,7 @@ impl Lab {
         let base = base()?;
         let lab = Self::empty(base, None);
         symlink(base.data.join("kernels"), lab.data.join("kernels")).unwrap();
+        lab.know_host(base);
         Some(lab)
     }
 
@@ -76,8 +80,14 @@ impl Lab {
         for part in ["kernels", "images"] {
             process::must("cp", &["-a", base.data.join(part).to_str().unwrap(), data]);
         }
+        lab.know_host(base);
         process::must("chown", &["-R", &format!("{NOBODY}:{NOBODY}"), data]);
         Some(lab)
+    }
+
+    /// What the base has found out about the host's accelerators need not be found out again.
+    fn know_host(&self, base: &Base) {
+        let _ = fs::copy(base.data.join(HOST_PROBE), self.data.join(HOST_PROBE));
     }
 
     fn empty(base: &Base, user: Option<u32>) -> Self {
@@ -359,8 +369,8 @@ impl Lab {
     /// Files below the data and runtime directories that are neither kernels nor images nor templates
     /// of disks.
     pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
-        let kept =
-            ["vms", "vms/lock", "kernels", "images", "disks"].map(|name| self.data.join(name));
+        let kept = ["vms", "vms/lock", "kernels", "images", "disks", HOST_PROBE]
+            .map(|name| self.data.join(name));
         let mut found = Vec::new();
         for directory in [
             &self.data,
