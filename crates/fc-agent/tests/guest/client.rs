@@ -36,6 +36,11 @@ impl Vm {
     /// Boots a guest and exchanges greetings.
     pub(crate) fn boot(tools: &Tools) -> Self {
         let (guest, socket) = Guest::boot(tools);
+        Self::connect(guest, socket)
+    }
+
+    /// Waits for the agent's greeting.
+    pub(crate) fn connect(guest: Guest, socket: UnixStream) -> Self {
         let routes = Routes::default();
         let (sender, receiver) = channel();
         routes.lock().unwrap().insert(0, sender);

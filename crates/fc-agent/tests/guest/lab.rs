@@ -20,6 +20,13 @@ pub(crate) struct Tools {
     _directory: TempDir,
 }
 
+impl Tools {
+    /// Size of the agent's file.
+    pub(crate) fn agent_bytes(&self) -> u64 {
+        fs::metadata(&self.agent).unwrap().len()
+    }
+}
+
 fn on_path(program: &str) -> bool {
     Command::new(program)
         .arg("--version")
