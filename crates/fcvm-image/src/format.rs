@@ -320,7 +320,7 @@ impl Platform {
         if let Some((_, entry)) = ranked.min_by_key(|(rank, _)| *rank) {
             return Ok(entry);
         }
-        let mut available: Vec<String> = index
+        let platforms = index
             .manifests()
             .iter()
             .filter_map(|entry| entry.platform().as_ref())
@@ -329,9 +329,13 @@ impl Platform {
             .map(|platform| {
                 let variant = platform.variant().as_ref();
                 shown(&platform.os().to_string(), platform.architecture(), variant)
-            })
-            .collect();
-        available.dedup();
+            });
+        let mut available: Vec<String> = Vec::new();
+        for platform in platforms {
+            if !available.contains(&platform) {
+                available.push(platform);
+            }
+        }
         let available = if available.is_empty() {
             "no platform".into()
         } else {
@@ -370,6 +374,172 @@ impl std::fmt::Display for Platform {
         match &self.variant {
             Some(variant) => write!(f, "/{variant}"),
             None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(platforms: &[(&str, &str, Option<&str>)]) -> ImageIndex {
+        let entries = platforms
+            .iter()
+            .enumerate()
+            .map(|(number, (os, architecture, variant))| {
+                let mut platform = serde_json::json!({"os": os, "architecture": architecture});
+                if let Some(variant) = variant {
+                    platform["variant"] = (*variant).into();
+                }
+                serde_json::json!({
+                    "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                    "digest": format!("sha256:{number:064x}"),
+                    "size": 1,
+                    "platform": platform,
+                })
+            });
+        let entries: Vec<_> = entries.collect();
+        let index = serde_json::json!({"schemaVersion": 2, "manifests": entries});
+        parse_index(index.to_string().as_bytes()).unwrap()
+    }
+
+    fn platform(architecture: &str, variant: Option<&str>) -> Platform {
+        let (architecture, variant) = (architecture.into(), variant.map(str::to_owned));
+        Platform {
+            architecture,
+            variant,
+        }
+    }
+
+    #[test]
+    fn the_best_entry_of_an_index_is_chosen() {
+        let index = index(&[
+            ("windows", "amd64", None),
+            ("unknown", "unknown", None),
+            ("linux", "amd64", Some("v3")),
+            ("linux", "amd64", None),
+            ("linux", "arm", Some("v6")),
+            ("linux", "arm", Some("v7")),
+            ("linux", "arm64", Some("v8")),
+            ("linux", "amd64", None),
+        ]);
+        for (architecture, variant, chosen) in [
+            ("amd64", None, Some(3)),
+            ("amd64", Some("v3"), Some(2)),
+            ("amd64", Some("v2"), Some(3)),
+            ("arm", Some("v7"), Some(5)),
+            ("arm", None, Some(4)),
+            ("arm", Some("v5"), None),
+            ("arm64", None, Some(6)),
+            ("arm64", Some("v8"), Some(6)),
+            ("riscv64", None, None),
+        ] {
+            let found = platform(architecture, variant).select(&index).ok();
+            let found = found.map(|entry| entry.digest().digest().trim_start_matches('0'));
+            let chosen = chosen.map(|number| format!("{number:x}"));
+            assert_eq!(found, chosen.as_deref(), "{architecture} {variant:?}");
+        }
+        let error = platform("riscv64", None)
+            .select(&index)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "there is no image for linux/riscv64; it exists for windows/amd64, linux/amd64/v3, \
+             linux/amd64, linux/arm/v6, linux/arm/v7, linux/arm64/v8"
+        );
+    }
+
+    fn manifest(change: impl Fn(&mut serde_json::Value)) -> Result<Document, FormatError> {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let mut manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "config": {
+                "mediaType": "application/vnd.oci.image.config.v1+json",
+                "digest": digest,
+                "size": 2,
+            },
+            "layers": [{
+                "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+                "digest": digest,
+                "size": 3,
+            }],
+        });
+        change(&mut manifest);
+        parse_document(manifest.to_string().as_bytes())
+    }
+
+    #[test]
+    fn manifests_of_both_families_are_read() {
+        assert!(matches!(manifest(|_| ()), Ok(Document::Manifest(_))));
+        let docker = manifest(|manifest| {
+            manifest["mediaType"] = DOCKER_MANIFEST.into();
+            manifest["config"]["mediaType"] = DOCKER_CONFIG.into();
+            manifest["layers"][0]["mediaType"] = DOCKER_LAYER_GZIP.into();
+        });
+        assert!(matches!(docker, Ok(Document::Manifest(_))));
+    }
+
+    #[test]
+    fn what_cannot_be_an_image_is_refused() {
+        type Change = fn(&mut serde_json::Value);
+        let cases: [(&str, Change); 9] = [
+            ("schema 1", |m| m["schemaVersion"] = 1.into()),
+            ("artifact of type 'application/x'", |m| {
+                m["mediaType"] = "application/x".into()
+            }),
+            ("artifact of type 'a b'", |m| {
+                m["config"]["mediaType"] = "a\nb".into()
+            }),
+            ("layer 1 has the unsupported type", |m| {
+                m["layers"][0]["mediaType"] = "x".into()
+            }),
+            ("is larger than", |m| {
+                m["layers"][0]["size"] = u64::MAX.into()
+            }),
+            ("is larger than", |m| {
+                m["config"]["size"] = (1_u64 << 40).into()
+            }),
+            ("cannot be read", |m| {
+                m["layers"][0]["digest"] = "sha256:../../etc".into()
+            }),
+            ("is not a digest", |m| {
+                m["layers"][0]["digest"] = format!("sha512:{}", "a".repeat(128)).into();
+            }),
+            ("more than 512 layers", |m| {
+                m["layers"] = vec![m["layers"][0].clone(); 513].into();
+            }),
+        ];
+        for (expected, change) in cases {
+            let error = manifest(change).unwrap_err().to_string();
+            assert!(
+                error.contains(expected) && !error.contains('\n'),
+                "{expected}: {error}"
+            );
+        }
+        let large = vec![b' '; MANIFEST_MAX_BYTES as usize + 1];
+        assert!(matches!(
+            parse_document(&large),
+            Err(FormatError::TooLarge { .. })
+        ));
+        // serde_json's own limit keeps such a document from the stack's end.
+        let deep = [b"[".repeat(100_000), b"]".repeat(100_000)].concat();
+        assert!(parse_document(&deep).is_err() && parse_config(&deep).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_a_parser_panic(bytes: Vec<u8>, at in 0..400_usize, byte: u8) {
+            let _ = parse_document(&bytes);
+            let _ = parse_config(&bytes);
+            let mut config = br#"{"architecture":"amd64","os":"linux","config":{"Env":["A=b"],
+                "ExposedPorts":{"80/tcp":{}},"Volumes":{"/x":{}},"Labels":{"a":"b"}},"rootfs":
+                {"type":"layers","diff_ids":["sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"]}}"#
+                .to_vec();
+            proptest::prop_assert!(parse_config(&config).is_ok());
+            let length = config.len();
+            config[at % length] = byte;
+            let _ = parse_config(&config);
         }
     }
 }

@@ -4,13 +4,16 @@
 //! through a pipe, is first decompressed into an unlinked file of the store.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
-use tar::EntryType;
+use tar_core::EntryType;
+use tar_core::parse::{Limits, ParseEvent, ParsedEntry, Parser};
 
 use super::{ImportError, Ingest, Members};
 use crate::progress::one_line;
@@ -18,6 +21,10 @@ use crate::progress::one_line;
 const KIND: &str = "an image archive";
 /// Members of the largest images are a few hundred.
 const MAX_MEMBERS: usize = 65_536;
+/// Extension headers of one member: names, mostly.
+const HEADER_MAX_BYTES: u32 = 64 << 10;
+const PATH_MAX_BYTES: u32 = 4096;
+const BLOCK_BYTES: usize = 512;
 /// The sum of all layers, uncompressed.
 const MAX_UNCOMPRESSED_BYTES: u64 = 256 << 30;
 /// Links in docker archives lead to another layer directly.
@@ -122,47 +129,157 @@ fn plain(
     Ok(output)
 }
 
-/// Reads all headers.
-fn scan(file: &File) -> Result<HashMap<PathBuf, Member>, String> {
-    let shown = |error: io::Error| format!("it is not a valid tar archive: {error}");
-    let mut archive = tar::Archive::new(BufReader::new(file));
+/// Bytes that can be read at any place.
+trait ReadAt {
+    /// Reads as many bytes as there are, up to the length of `buffer`.
+    fn read_some_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<usize>;
+
+    fn size_bytes(&self) -> io::Result<u64>;
+}
+
+impl ReadAt for File {
+    fn read_some_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<usize> {
+        self.read_at(buffer, offset_bytes)
+    }
+
+    fn size_bytes(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+}
+
+impl ReadAt for [u8] {
+    fn read_some_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<usize> {
+        let start = usize::try_from(offset_bytes).map_or(self.len(), |at| at.min(self.len()));
+        (&self[start..]).read(buffer)
+    }
+
+    fn size_bytes(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+}
+
+/// Reads the headers of an uncompressed archive as [`import`](super::import) does, and tells how many
+/// members it has; for fuzzing.
+pub fn count_archive_members(bytes: &[u8]) -> Result<usize, String> {
+    scan(bytes).map(|members| members.len())
+}
+
+/// Reads all headers, and no data.
+fn scan<S: ReadAt + ?Sized>(source: &S) -> Result<HashMap<PathBuf, Member>, String> {
+    let mut parser = Parser::new(Limits {
+        max_metadata_size: HEADER_MAX_BYTES,
+        max_path_len: Some(PATH_MAX_BYTES),
+        max_pending_entries: 16,
+        max_sparse_entries: 1,
+    });
+    let shown = |error: io::Error| format!("it cannot be read: {error}");
+    let source_bytes = source.size_bytes().map_err(shown)?;
     let mut members = HashMap::new();
-    let file_bytes = file.metadata().map_err(shown)?.len();
-    for entry in archive.entries_with_seek().map_err(shown)? {
-        let entry = entry.map_err(shown)?;
-        let name = clean(&entry.path().map_err(shown)?)?;
-        let member = match entry.header().entry_type() {
-            EntryType::Regular | EntryType::Continuous => {
-                let (offset_bytes, size_bytes) = (entry.raw_file_position(), entry.size());
-                let end = offset_bytes.checked_add(size_bytes);
-                if end.is_none_or(|end| end > file_bytes) {
-                    return Err(format!("it ends in the middle of '{}'", name.display()));
+    let mut headers_count = 0;
+    let mut at_bytes = 0;
+    let mut window = Vec::new();
+    let mut wanted_bytes = BLOCK_BYTES;
+    loop {
+        let is_at_end = !fill(source, &mut window, at_bytes, wanted_bytes).map_err(shown)?;
+        let event = parser.parse(&window);
+        let consumed = match event
+            .map_err(|error| format!("it is not a valid tar archive: {error}"))?
+        {
+            ParseEvent::NeedData { .. } if is_at_end => {
+                if window.iter().all(|byte| *byte == 0) {
+                    return Ok(members);
                 }
-                Member::File {
-                    offset_bytes,
-                    size_bytes,
+                return Err("it is not a valid tar archive: it ends in a header".into());
+            }
+            ParseEvent::NeedData { min_bytes } => {
+                wanted_bytes = min_bytes.max(window.len() * 2);
+                if wanted_bytes > 4 * HEADER_MAX_BYTES as usize {
+                    return Err("it is not a valid tar archive: its headers are too long".into());
                 }
+                continue;
             }
-            kind @ (EntryType::Symlink | EntryType::Link) => {
-                let target = entry.link_name().map_err(shown)?;
-                let target = target.ok_or_else(|| format!("'{}' links nowhere", name.display()))?;
-                // A symbolic link starts at its own directory, a hard link at the archive's root.
-                let from = match name.parent() {
-                    Some(parent) if kind == EntryType::Symlink => parent,
-                    _ => Path::new(""),
-                };
-                Member::Link(resolve(from, &target)?)
+            ParseEvent::GlobalExtensions { consumed, .. } => consumed as u64,
+            ParseEvent::End { .. } => return Ok(members),
+            ParseEvent::SparseEntry { entry, .. } => {
+                return Err(format!(
+                    "'{}' is neither a file nor a link",
+                    entry.path_lossy()
+                ));
             }
-            EntryType::Directory => continue,
-            _ => return Err(format!("'{}' is neither a file nor a link", name.display())),
+            ParseEvent::Entry { consumed, entry } => {
+                let offset_bytes = at_bytes + consumed as u64;
+                let end_bytes = offset_bytes.checked_add(entry.padded_size());
+                if offset_bytes.saturating_add(entry.size) > source_bytes {
+                    return Err(format!("it ends in the middle of '{}'", entry.path_lossy()));
+                }
+                if let Some((name, member)) = member(&entry, offset_bytes)? {
+                    // As when it is unpacked, a later member of the same name replaces the earlier.
+                    members.insert(name, member);
+                }
+                end_bytes.unwrap_or(source_bytes) - at_bytes
+            }
         };
-        if members.len() == MAX_MEMBERS {
+        // Directories and members of the same name count too: each costs a read.
+        headers_count += 1;
+        if headers_count > MAX_MEMBERS {
             return Err(format!("it has more than {MAX_MEMBERS} members"));
         }
-        // As when it is unpacked, a later member of the same name replaces the earlier one.
-        members.insert(name, member);
+        at_bytes += consumed;
+        window.clear();
+        wanted_bytes = BLOCK_BYTES;
     }
-    Ok(members)
+}
+
+/// Reads on until `window` has `wanted_bytes` from `at_bytes`; false where the source ends before.
+fn fill<S: ReadAt + ?Sized>(
+    source: &S,
+    window: &mut Vec<u8>,
+    at_bytes: u64,
+    wanted_bytes: usize,
+) -> io::Result<bool> {
+    let mut filled = window.len();
+    window.resize(wanted_bytes.max(filled), 0);
+    while filled < window.len() {
+        match source.read_some_at(&mut window[filled..], at_bytes + filled as u64)? {
+            0 => {
+                window.truncate(filled);
+                return Ok(false);
+            }
+            count => filled += count,
+        }
+    }
+    Ok(true)
+}
+
+/// Name and place of a member; none for a directory.
+fn member(entry: &ParsedEntry<'_>, offset_bytes: u64) -> Result<Option<(PathBuf, Member)>, String> {
+    let name = clean(Path::new(OsStr::from_bytes(&entry.path)))?;
+    let link = || {
+        let target = entry.link_target.as_deref().unwrap_or_default();
+        if target.is_empty() {
+            return Err(format!("'{}' links nowhere", entry.path_lossy()));
+        }
+        Ok(Path::new(OsStr::from_bytes(target)))
+    };
+    let member = match entry.entry_type {
+        EntryType::Regular | EntryType::Continuous => Member::File {
+            offset_bytes,
+            size_bytes: entry.size,
+        },
+        // A symbolic link starts at its own directory, a hard link at the archive's root.
+        EntryType::Symlink => {
+            Member::Link(resolve(name.parent().unwrap_or(Path::new("")), link()?)?)
+        }
+        EntryType::Link => Member::Link(resolve(Path::new(""), link()?)?),
+        EntryType::Directory => return Ok(None),
+        _ => {
+            return Err(format!(
+                "'{}' is neither a file nor a link",
+                entry.path_lossy()
+            ));
+        }
+    };
+    Ok(Some((name, member)))
 }
 
 /// A member's name without `./`.

@@ -19,6 +19,7 @@ use crate::progress::{Progress, one_line};
 use crate::reference::{Reference, ReferenceError};
 use crate::store::{CopyError, Image, ImageStore, Ingest, StoreError};
 
+pub use self::archive::count_archive_members;
 pub use self::docker::parse_docker_manifest;
 
 /// Where an image is imported from, in the spelling of skopeo and Podman.

@@ -144,7 +144,11 @@ impl LayerPull<'_> {
                     expected_bytes,
                 }));
             }
-            partial.append(&chunk).map_err(lasting)?;
+            if let Err(error) = partial.append(&chunk) {
+                // A full disk is better off without half a layer.
+                let _ = partial.restart();
+                return Err(lasting(error));
+            }
             task.advance(chunk.len() as u64);
         }
         if partial.size_bytes() < self.size_bytes {

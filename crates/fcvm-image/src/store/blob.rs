@@ -327,8 +327,8 @@ impl Partial {
     }
 
     /// Gives the blob its name. One with another digest is thrown away.
-    pub(crate) fn commit(self, what: &str) -> Result<(), StoreError> {
-        let actual = self.hasher.finish();
+    pub(crate) fn commit(mut self, what: &str) -> Result<(), StoreError> {
+        let actual = mem::take(&mut self.hasher).finish();
         if actual == self.digest {
             return publish(&self.file, &self.path, &self.store.blob_path(&actual));
         }
@@ -339,6 +339,15 @@ impl Partial {
             expected,
             actual,
         })
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Nothing to resume. The lock is still held; after a commit the name is another's, or free.
+        if self.size_bytes() == 0 && is_same_file(&self.file, &self.path) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 

@@ -50,6 +50,7 @@ pub(super) fn check_layout(dir: &Path) -> Result<(), StoreError> {
     let bytes = match read_bounded(&path, LAYOUT_MAX_BYTES) {
         Ok(bytes) => bytes,
         Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            let _lock = lock(dir)?;
             let text = format!("{{\"imageLayoutVersion\":\"{LAYOUT_VERSION}\"}}");
             return replace(dir, LAYOUT, text.as_bytes());
         }
@@ -74,13 +75,18 @@ pub(super) fn update<T>(
     dir: &Path,
     change: impl FnOnce(&mut Index) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
-    let _lock = Lock::exclusive(&dir.join(INDEX_LOCK))?;
+    let _lock = lock(dir)?;
     let mut index = Index::read(dir)?;
     let result = change(&mut index)?;
     let bytes = serde_json::to_vec(&index.to_oci())
         .map_err(|error| StoreError::io("write", &dir.join(INDEX))(io::Error::other(error)))?;
     replace(dir, INDEX, &bytes)?;
     Ok(result)
+}
+
+/// Keeps everybody else from changing the index, and from having temporary files for that.
+pub(super) fn lock(dir: &Path) -> Result<Lock, StoreError> {
+    Lock::exclusive(&dir.join(INDEX_LOCK))
 }
 
 /// Replaces a small file of the store: after a crash it is the old one or the new one.

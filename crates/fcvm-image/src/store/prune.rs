@@ -186,8 +186,9 @@ impl ImageStore {
             remove(entry, size_bytes)
         })?;
         if downloads {
+            let _lock = index::lock(&self.dir)?;
             each_file(&self.temporary_dir(), |_, entry, size_bytes| {
-                // The index is replaced without the content lock: its file may be in use.
+                // With both locks held nobody works here; a lock all the same is respected.
                 match lock_if_free(&entry.path())? {
                     Some(_held) => remove(entry, size_bytes),
                     None => Ok(()),
