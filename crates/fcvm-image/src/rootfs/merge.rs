@@ -13,6 +13,7 @@ use super::layer::{LayerError, LayerReader, Member, MemberKind, Segment, Xattr};
 use super::path::{self, MemberPath};
 use super::space::{BLOCK_BYTES, Space, SpaceError, blocks_for};
 use super::tree::{Body, ChunkRun, Extent, FileData, Metadata, NodeId, Tree};
+use crate::progress::one_line;
 
 /// Small files are kept in memory until their inodes are written; after this many bytes of them
 /// in one image, further ones go to blocks of their own. Part of the format.
@@ -26,6 +27,9 @@ const MAX_CHUNK_BITS: u8 = 31;
 /// Path components that may be looked up per member allowed: far above what any image needs, and
 /// a bound on the time that a few members can cost through chains of symbolic links.
 const MAX_LOOKUPS_PER_MEMBER: u64 = 128;
+
+/// How much of the tar parser's messages is shown.
+const MAX_REASON_CHARS: usize = 160;
 
 /// Longest text of a symbolic link in Linux.
 const MAX_SYMLINK_BYTES: usize = 4095;
@@ -132,7 +136,8 @@ impl<'a> Merge<'a> {
             Fault::Layer(LayerError::Tar(reason)) => MergeError::Content(RootfsError::Tar {
                 layer,
                 member: ShownPath::new(last_path),
-                reason,
+                // Some of the parser's messages quote what they found, however long it is.
+                reason: one_line(&reason, MAX_REASON_CHARS),
             }),
             Fault::Layer(LayerError::Io(_)) => MergeError::Source,
             Fault::Space(SpaceError::Io(source)) => {

@@ -215,6 +215,8 @@ fn sparse_maps_without_line_ends_are_refused() {
             error_of(&[cut], &limits);
         }
     }
+    let wide = [b"x".repeat(3000), b"\n".to_vec()].concat();
+    error_of(&[tar(&[entry(wide)])], &limits);
     let endless = [entry(digits(1 << 20)).bytes(), digits(1 << 20)].concat();
     assert!(error_of(&[endless], &limits).contains("headers are too long"));
 }
