@@ -2,7 +2,8 @@
 //! root directory.
 
 use std::ffi::CStr;
-use std::fs::File;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
 
 use fcvm_wire::Failure;
 use rustix::fs::Mode;
@@ -37,7 +38,7 @@ pub(crate) fn harden() {
     // A process that the agent starts shares its memory until it executes the workload's program;
     // processes of the container must not be able to attach to it in that time.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     // Each of the streams takes up to four descriptors.
     let limit = Rlimit {
         current: Some(MAX_DESCRIPTORS),
@@ -85,24 +86,101 @@ fn make_directory(path: &str) -> Result<(), Failure> {
     }
 }
 
+/// Last bytes of a signed module, before them a record whose last four bytes are the signature's
+/// length (kernel: include/linux/module_signature.h).
+const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
+const SIGNATURE_RECORD_BYTES: usize = 12;
+
 /// Loads the modules named in /modules/list, in its order, and frees their memory in the
 /// initramfs. A module that does not load is told on the console; what needs it fails later.
 pub(crate) fn load_modules() {
-    let Ok(list) = std::fs::read_to_string("/modules/list") else {
+    let Ok(list) = fs::read_to_string("/modules/list") else {
         return;
     };
+    // The host made the initramfs and could replace the kernel as well: where the kernel does not
+    // insist on signatures, checking them is a third of the time from boot to container.
+    let enforced = fs::read_to_string("sys/module/module/parameters/sig_enforce")
+        .is_ok_and(|text| text.starts_with('Y'));
     for name in list.lines().map(str::trim).filter(|name| !name.is_empty()) {
         let path = format!("/modules/{name}");
-        let loaded = File::open(&path)
-            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
-            .and_then(|file| rustix::system::finit_module(&file, c"", 0));
-        match loaded {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => console::line(&format!(
-                "the kernel module {name} cannot be loaded: {}",
-                reason(errno)
-            )),
+        match load_module(&path, !enforced) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(error) => {
+                let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                console::line(&format!(
+                    "the kernel module {name} cannot be loaded: {}",
+                    reason(errno)
+                ));
+            }
         }
-        let _ = std::fs::remove_file(&path);
+        let _ = fs::remove_file(&path);
+    }
+}
+
+fn load_module(path: &str, unsigned: bool) -> io::Result<()> {
+    if unsigned {
+        let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+        drop_signature(&mut file)?;
+    }
+    // The kernel takes no file that is open for writing.
+    rustix::system::finit_module(File::open(path)?, c"", 0)?;
+    Ok(())
+}
+
+/// Cuts a module's signature off, where it has one.
+fn drop_signature(file: &mut File) -> io::Result<()> {
+    const TAIL_BYTES: usize = SIGNATURE_RECORD_BYTES + SIGNATURE_MARK.len();
+    let size = file.seek(SeekFrom::End(0))?;
+    let Some(record) = size.checked_sub(TAIL_BYTES as u64) else {
+        return Ok(());
+    };
+    let mut tail = [0; TAIL_BYTES];
+    file.seek(SeekFrom::Start(record))?;
+    file.read_exact(&mut tail)?;
+    let (fields, mark) = tail.split_at(SIGNATURE_RECORD_BYTES);
+    let Some(length) = fields.last_chunk().filter(|_| mark == SIGNATURE_MARK) else {
+        return Ok(());
+    };
+    match record.checked_sub(u64::from(u32::from_be_bytes(*length))) {
+        Some(end) => file.set_len(end),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn without_signature(content: &[u8]) -> Vec<u8> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        drop_signature(&mut file).unwrap();
+        let mut left = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut left).unwrap();
+        left
+    }
+
+    #[test]
+    fn a_signature_is_cut_off() {
+        let mut module = b"module".to_vec();
+        module.extend_from_slice(b"signature");
+        module.extend_from_slice(&[0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 9]);
+        module.extend_from_slice(SIGNATURE_MARK);
+        assert_eq!(without_signature(&module), b"module");
+    }
+
+    #[test]
+    fn other_files_are_left_alone() {
+        let short = b"short".to_vec();
+        assert_eq!(without_signature(&short), short);
+        let unsigned = vec![7; 500];
+        assert_eq!(without_signature(&unsigned), unsigned);
+        let mut lying = vec![0xff; SIGNATURE_RECORD_BYTES];
+        lying.extend_from_slice(SIGNATURE_MARK);
+        assert_eq!(without_signature(&lying), lying);
     }
 }
