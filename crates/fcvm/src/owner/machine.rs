@@ -23,6 +23,8 @@ use crate::context::Context;
 
 /// Lines of the console shown when a guest does not come up.
 const CONSOLE_LINES: usize = 5;
+/// Lines in which a panic is looked for.
+const PANIC_LINES: usize = 60;
 
 /// A machine whose processors run.
 pub(super) struct Assembled {
@@ -208,9 +210,13 @@ fn accelerator(context: &Context, choice: AcceleratorChoice) -> anyhow::Result<A
     }
 }
 
-/// A message with the console's last lines, which say why a guest does not come up.
+/// A message with the console's last lines, which say why a guest does not come up. A panic's reason
+/// comes before its traces.
 pub(super) fn boot_failure(what: &str, console_log: &Path) -> String {
-    let lines = console_tail(console_log, CONSOLE_LINES);
+    let mut lines = console_tail(console_log, PANIC_LINES);
+    let panic = lines.iter().position(|line| line.contains("Kernel panic"));
+    lines.drain(..panic.unwrap_or(lines.len().saturating_sub(CONSOLE_LINES)));
+    lines.truncate(CONSOLE_LINES);
     if lines.is_empty() {
         return format!(
             "{what}; its console is empty: is the kernel one that boots in QEMU's microvm machine, and the memory enough?"

@@ -191,11 +191,20 @@ async fn start(context: &Context, spec: &VmSpec, detached: bool) -> anyhow::Resu
     })
 }
 
+/// How long after its channels a machine may end for the one to be the reason of the other.
+const MACHINE_END_LIMIT: Duration = Duration::from_secs(1);
+
 /// Says when the network's helper has ended: the VM goes on without its network.
 async fn watch_network(vm: Rc<RunningVm>) {
     if let Some(helper) = &vm.network.helper {
         let exit = helper.wait().await;
-        tracing::warn!(target: "network", "the VM has no network any more: {exit}");
+        // It also ends with the machine, whose end is told elsewhere.
+        if tokio::time::timeout(MACHINE_END_LIMIT, vm.machine.wait_exit())
+            .await
+            .is_err()
+        {
+            tracing::warn!(target: "network", "the VM has no network any more: {exit}");
+        }
     }
 }
 
@@ -231,9 +240,14 @@ async fn build(
         .context("the hypervisor gives no channel to the agent")?;
     let console_log = entry.paths.console_log();
     let link = tokio::select! {
-        link = AgentLink::establish(socket) => {
-            link.with_context(|| machine::boot_failure("the guest's agent does not answer as it should", &console_log))?
-        }
+        link = AgentLink::establish(socket) => match link {
+            Ok(link) => link,
+            // A machine that ends takes the channel with it, and tells more.
+            Err(error) => match tokio::time::timeout(MACHINE_END_LIMIT, machine.wait_exit()).await {
+                Ok(exit) => anyhow::bail!("{}", machine::boot_failure(&format!("the guest did not boot ({exit})"), &console_log)),
+                Err(_) => return Err(error.context(machine::boot_failure("the guest's agent does not answer as it should", &console_log))),
+            },
+        },
         exit = machine.wait_exit() => {
             anyhow::bail!("{}", machine::boot_failure(&format!("the guest did not boot ({exit})"), &console_log));
         }
