@@ -16,6 +16,12 @@ pub enum HypervisorError {
         /// Debian's package that has it.
         package: &'static str,
     },
+    /// QEMU's microvm machine is x86-64's.
+    #[error("VMs on {architecture} are not implemented: QEMU's microvm machine is for x86-64 only")]
+    Architecture {
+        /// The host's architecture.
+        architecture: &'static str,
+    },
     /// The program is there and could not be run.
     #[error("cannot run {}: {source}", path.display())]
     Spawn {

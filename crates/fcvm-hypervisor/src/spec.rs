@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use fcvm_types::{ByteSize, PortMapping};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 
 /// Least memory of a VM: what a kernel and the agent need to come up.
@@ -60,6 +60,8 @@ impl GuestMemory {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("fcvm-guest-memory", flags)?;
         rustix::fs::ftruncate(&file, size.bytes())?;
+        // Nobody who has it can take pages away from under another.
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
         Ok(Self { file, size })
     }
 

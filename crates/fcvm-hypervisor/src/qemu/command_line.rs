@@ -113,7 +113,9 @@ impl Machine {
             }
             Accelerator::Tcg { .. } => {
                 line.option("-cpu", "max".to_owned());
-                line.option("-accel", "tcg,thread=multi".to_owned());
+                // The cache of translated code grows to 1 GiB where it may. A boot fills a sixth of
+                // this; a full one is thrown away and filled again.
+                line.option("-accel", "tcg,thread=multi,tb-size=256".to_owned());
             }
         }
         line.option("-global", "virtio-mmio.force-legacy=false".to_owned());

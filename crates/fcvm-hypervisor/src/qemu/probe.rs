@@ -17,17 +17,10 @@ pub const MINIMUM_VERSION: Version = Version {
     micro: 0,
 };
 
-/// Name of the program for this architecture.
-#[cfg(target_arch = "x86_64")]
+/// Name of the program.
 const PROGRAM: &str = "qemu-system-x86_64";
-#[cfg(target_arch = "aarch64")]
-const PROGRAM: &str = "qemu-system-aarch64";
-
-/// Debian's package that has the program.
-#[cfg(target_arch = "x86_64")]
+/// Debian's package that has it.
 const PACKAGE: &str = "qemu-system-x86";
-#[cfg(target_arch = "aarch64")]
-const PACKAGE: &str = "qemu-system-arm";
 
 /// Most bytes read of what the program prints.
 const OUTPUT_BYTES_MAX: u64 = 64 << 10;
@@ -61,8 +54,13 @@ impl Qemu {
     ///
     /// # Errors
     ///
-    /// It is not there.
+    /// It is not there, or the host is no x86-64 one.
     pub fn locate(explicit: Option<&Path>, search_path: &str) -> Result<Self, HypervisorError> {
+        if cfg!(not(target_arch = "x86_64")) {
+            return Err(HypervisorError::Architecture {
+                architecture: std::env::consts::ARCH,
+            });
+        }
         let program = match explicit {
             Some(path) if is_program(path) => path.to_owned(),
             Some(path) => {
