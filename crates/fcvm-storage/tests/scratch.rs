@@ -183,3 +183,55 @@ fn full_and_read_only_file_systems() {
         }
     }
 }
+
+/// An XFS in a file, mounted in a mount namespace of a child: needs root.
+#[test]
+fn disks_share_blocks_where_the_file_system_can() {
+    const CHILD: &str = "FCVM_TEST_REFLINK";
+    let Some(mkfs) = mkfs() else { return };
+    if let Ok(directory) = std::env::var(CHILD) {
+        let directory = Path::new(&directory);
+        assert!(reflink_support(directory).unwrap());
+        let store = ScratchStore::new(directory.join("scratch"), mkfs.clone());
+        let disk = store.create(ByteSize::from_mib(10 << 10)).unwrap();
+        assert_eq!(disk.method, CloneMethod::Reflink);
+        assert_clean(&mkfs, &disk.file);
+        return;
+    }
+    let mkfs_xfs = mkfs.with_file_name("mkfs.xfs");
+    if !rustix::process::geteuid().is_root() || !mkfs_xfs.exists() {
+        println!("skipped: making and mounting an XFS needs root and mkfs.xfs");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (image, mount) = (
+        directory.path().join("image"),
+        directory.path().join("mount"),
+    );
+    std::fs::create_dir(&mount).unwrap();
+    File::create(&image).unwrap().set_len(512 << 20).unwrap();
+    let made = Command::new(&mkfs_xfs)
+        .args(["-q", "-m", "reflink=1"])
+        .arg(&image)
+        .status();
+    assert!(made.unwrap().success());
+    // The mount and its loop device end with the namespace.
+    let script = "mount -o loop \"$1\" \"$2\" || exit 77; \
+                  exec \"$3\" --exact disks_share_blocks_where_the_file_system_can";
+    let own = std::env::current_exe().unwrap();
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .args([&image, &mount, &own])
+        .env(CHILD, &mount)
+        .output()
+        .unwrap();
+    if output.status.code() == Some(77) {
+        println!("skipped: no XFS can be mounted here");
+        return;
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}"
+    );
+}
