@@ -195,7 +195,12 @@ fn a_missing_or_broken_qemu_is_told() {
     let line = lab.fails(125, &["run", "--rm", "--network", "none", IMAGE, "true"]);
     assert!(line.contains("QEMU") && line.contains("install"), "{line}");
     lab.path = None;
-    lab.shadow(qemu(), "echo 'no such machine' >&2; exit 1");
+    let real = crate::base::find(qemu()).unwrap();
+    let script = format!(
+        "[ \"$1\" = --version ] && exec {} --version; echo 'no such machine' >&2; exit 1",
+        real.display()
+    );
+    lab.shadow(qemu(), &script);
     let line = lab.fails(125, &["run", "--rm", "--network", "none", IMAGE, "true"]);
     assert!(line.contains("no such machine"), "{line}");
     lab.finish();

@@ -1,12 +1,14 @@
 //! Deaths: the owner by `kill -9` at every stage, the hypervisor, a command. Nothing is left after any.
 
-use std::path::PathBuf;
+use std::fs;
+use std::process::Command;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::base::{IMAGE, base};
 use crate::lab::Lab;
+use crate::process::{Running, must};
 
 fn owner_of(record: &Value) -> Pid {
     Pid::from_raw(i32::try_from(record["owner"]["pid"].as_i64().unwrap()).unwrap()).unwrap()
@@ -23,7 +25,7 @@ fn kill_owner(lab: &Lab, name: &str, record: &Value) {
     lab.wait_for_no_process();
     assert_eq!(lab.ok(&["ls", "-q"]), "", "a ghost is listed");
     assert_eq!(
-        std::fs::read_dir(&lab.runtime).unwrap().count(),
+        fs::read_dir(&lab.runtime).unwrap().count(),
         0,
         "a socket is left"
     );
@@ -47,25 +49,31 @@ fn kill_owner(lab: &Lab, name: &str, record: &Value) {
     assert_eq!(lab.ok(&["rm", name]), format!("{name}\n"));
 }
 
-/// Stage `created`: the owner has entered the record and waits for its network helper.
+/// Stage `created`: the owner has entered the record, made its socket and waits for its network helper.
 #[test]
 fn owner_killed_while_the_vm_is_being_set_up() {
     let Some(mut lab) = Lab::new() else { return };
-    lab.shadow("passt", "exec sleep 100000");
+    let fifo = lab.file("fifo").to_str().unwrap().to_owned();
+    must("mkfifo", &[&fifo]);
+    lab.shadow(
+        "passt",
+        &format!("echo helper started > {fifo}; exec sleep 100000"),
+    );
     for options in [
         &["run", "--name", "victim"][..],
         &["run", "--rm", "--name", "victim"],
         &["run", "-d", "--name", "victim"],
     ] {
         let running = lab.start(&[options, &[IMAGE, "true"]].concat());
-        // passt is being waited for: the record, the runtime directory and the socket are there.
-        let record = lab.wait_for_record("with a socket in its resources", |record| {
-            let resources = record["resources"].as_array().unwrap();
-            let paths = resources
-                .iter()
-                .filter_map(|resource| resource["path"].as_str());
-            record["state"] == "created" && paths.map(PathBuf::from).any(|path| path.exists())
-        });
+        let mut reader = Command::new("cat");
+        reader.arg(&fifo);
+        Running::start(reader).stdout.wait_for("helper started\n");
+        let record = lab.wait_for_state("victim", "created");
+        assert!(
+            !record["resources"].as_array().unwrap().is_empty(),
+            "{record}"
+        );
+        assert_eq!(fs::read_dir(&lab.runtime).unwrap().count(), 1);
         kill_owner(&lab, "victim", &record);
         running.wait();
     }
@@ -313,7 +321,7 @@ fn a_recycled_process_number_is_no_owner() {
     forged["state"] = "running".into();
     // This test's own number, with a start that is not its own.
     forged["owner"] = serde_json::json!({"pid": std::process::id(), "start_ticks": 1});
-    std::fs::write(&path, forged.to_string()).unwrap();
+    fs::write(&path, forged.to_string()).unwrap();
     assert_eq!(lab.ok(&["ls", "-q"]), "");
     assert_eq!(lab.ok(&["rm", "ended"]), "ended\n");
     lab.finish();

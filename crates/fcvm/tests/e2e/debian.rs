@@ -28,7 +28,7 @@ fn debian_is_bootstrapped_and_runs() {
     lab.wait_for_no_process();
     let script = ". /etc/os-release; echo $VERSION_CODENAME; getent passwd daemon | cut -d: -f1; \
         perl -e 'print 6*7, \"\\n\"'; stat -c %a /usr/bin/passwd; dpkg -V base-files && echo intact";
-    let text = lab.ok(&[
+    let text = lab.first_run(&[
         "run",
         "--rm",
         "--network",

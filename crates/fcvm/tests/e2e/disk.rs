@@ -37,9 +37,13 @@ impl SmallDisk {
     /// Fills it to the last block, less so many bytes.
     fn fill(&self, spare_bytes: u64) {
         let space = rustix::fs::statvfs(&self.0).unwrap();
-        let free = (space.f_bavail * space.f_frsize).saturating_sub(spare_bytes);
+        let mut bytes = (space.f_bavail * space.f_frsize).saturating_sub(spare_bytes);
         let file = fs::File::create(self.0.join("filler")).unwrap();
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, free).unwrap();
+        let flags = rustix::fs::FallocateFlags::empty();
+        // The file system needs some blocks for itself.
+        while rustix::fs::fallocate(&file, flags, 0, bytes).is_err() {
+            bytes = bytes.checked_sub(4096).expect("the disk can be filled");
+        }
     }
 
     fn unfill(&self) {
@@ -102,7 +106,7 @@ fn a_root_image_that_does_not_fit_is_refused_and_works_later() {
     };
     move_data(&mut lab, &disk, &["kernels"]);
     let layout = format!("oci:{}", base().unwrap().layout.display());
-    lab.ok(&["image", "import", &layout, IMAGE]);
+    lab.import(&layout, IMAGE);
     disk.fill(256 << 10);
     let run = ["run", "--rm", "--network", "none", IMAGE, "echo", "it runs"];
     let line = lab.fails(125, &run);
@@ -112,7 +116,7 @@ fn a_root_image_that_does_not_fit_is_refused_and_works_later() {
     );
     assert_eq!(lab.ok(&["ls", "-a", "-q"]), "");
     disk.unfill();
-    assert_eq!(lab.ok(&run), "it runs\n");
+    assert_eq!(lab.first_run(&run), "it runs\n");
     lab.finish();
 }
 
@@ -167,7 +171,7 @@ fn a_host_disk_that_fills_under_a_vm_ends_no_command_in_silence() {
 #[test]
 fn a_full_disk_of_the_guest_is_the_guests_own_error() {
     let Some(lab) = Lab::new() else { return };
-    let script = "head -c 100000000 /dev/zero > /data/big; echo code $?; rm /data/big; echo after > /data/small; cat /data/small";
+    let script = "dd if=/dev/zero of=/data/big bs=1M count=100; echo code $?; rm /data/big; echo after > /data/small; cat /data/small";
     let output = lab.fcvm(&[
         "run",
         "--rm",
@@ -235,10 +239,6 @@ fn check_read_only(lab: &Lab) {
     );
     let line = lab.fails(125, &["rm", "ended"]);
     assert!(line.contains("cannot"), "{line}");
-    let layout = format!("oci:{}", base().unwrap().layout.display());
-    if is_root() {
-        lab.fails(125, &["image", "import", &layout, "new:1"]);
-    }
 }
 
 #[test]

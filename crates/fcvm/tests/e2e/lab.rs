@@ -225,6 +225,21 @@ impl Lab {
         output.text()
     }
 
+    /// Runs what has to succeed and may tell of its progress on stderr; gives its standard output.
+    #[track_caller]
+    pub(crate) fn first_run(&self, arguments: &[&str]) -> String {
+        let output = self.fcvm(arguments);
+        assert!(output.code == 0, "fcvm {arguments:?}: {output:?}");
+        output.text()
+    }
+
+    /// Imports an image; what was done is told on stderr.
+    #[track_caller]
+    pub(crate) fn import(&self, source: &str, name: &str) {
+        let output = self.fcvm(&["image", "import", source, name]);
+        assert!(output.code == 0, "import of {source}: {output:?}");
+    }
+
     /// Runs fcvm, which has to fail with this code and one line on stderr; gives the line.
     #[track_caller]
     pub(crate) fn fails(&self, code: i32, arguments: &[&str]) -> String {

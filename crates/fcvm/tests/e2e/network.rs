@@ -165,20 +165,25 @@ fn the_guest_reaches_the_hosts_network_and_not_its_loopback() {
     let port = server.local_addr().unwrap().port();
     let served = std::thread::spawn(move || {
         let (mut stream, _) = server.accept().unwrap();
-        let mut request = [0; 12];
-        stream.read_exact(&mut request).unwrap();
-        stream.write_all(b"from the host\n").unwrap();
-        request
+        let mut request = Vec::new();
+        // A client that closes its side early would meet a passt before 2024 that forgets the rest.
+        while !request.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            request.extend(byte);
+        }
+        stream
+            .write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom the host\n")
+            .unwrap();
+        String::from_utf8(request).unwrap()
     });
     lab.idle_vm("box", &[]);
+    let url = format!("http://{address}:{port}/from-inside");
     assert_eq!(
-        lab.sh(
-            "box",
-            &format!("echo 'from inside' | nc -w 60 {address} {port}")
-        ),
+        lab.ok(&["exec", "box", "wget", "-q", "-O", "-", &url]),
         "from the host\n"
     );
-    assert_eq!(&served.join().unwrap(), b"from inside\n");
+    assert!(served.join().unwrap().starts_with("GET /from-inside "));
 
     let inner = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = inner.local_addr().unwrap().port();
@@ -304,7 +309,7 @@ fn names_are_forwarded_to_a_server_on_the_hosts_loopback() {
     let output = crate::process::run(lab.tool("unshare", &["-m", "sh", "-c", &script]));
     assert_eq!(output.code, 0, "{output:?}");
     assert!(
-        output.text().starts_with("nameserver 10.0.2.3\n"),
+        output.text().contains("nameserver 10.0.2.3\n"),
         "{output:?}"
     );
     assert!(output.text().contains("search corp.test\n"), "{output:?}");

@@ -124,12 +124,7 @@ fn an_ordinary_user_imports_and_runs_an_image() {
     let directory = lab.file("layout");
     crate::image::Image::of(vec![crate::base::base().unwrap().layer.clone()])
         .write(&directory, "latest");
-    lab.ok(&[
-        "image",
-        "import",
-        &format!("oci:{}", directory.display()),
-        "mine:1",
-    ]);
+    lab.import(&format!("oci:{}", directory.display()), "mine:1");
     let text = lab.ok(&[
         "run",
         "--rm",
