@@ -77,8 +77,10 @@ bench: agent ## measure against the floor and the peers; prints a table and JSON
 fuzz: ## build the fuzz targets and let each search for FUZZ_SECONDS (30)
 	scripts/fuzz
 
+# Under sudo nothing is built, so that no file of root's gets among the user's: 'make build' comes first.
 .PHONY: install
-install: build ## install programs, manual pages and completions below PREFIX
+install: $(if $(SUDO_USER),,build) ## install programs, manual pages and completions below PREFIX
+	@test -x $(TARGET_DIR)/release/fcvm -a -x $(AGENT) || { echo "make install: run 'make build' first" >&2; exit 1; }
 	install -D -m 755 $(TARGET_DIR)/release/fcvm $(DESTDIR)$(PREFIX)/bin/fcvm
 	install -D -m 755 $(AGENT) $(DESTDIR)$(PREFIX)/libexec/fcvm/fc-agent
 	@rm -rf $(TARGET_DIR)/man && mkdir -p $(TARGET_DIR)/man
