@@ -335,6 +335,64 @@ async fn credentials_stay_with_the_registry_they_are_for() {
 }
 
 #[tokio::test]
+async fn plain_registries_elsewhere_need_permission_and_proxies_are_used() {
+    let scratch = Scratch::new();
+    let content = host();
+    let proxy = Server::start(move |request, _| {
+        // The request to tunnel to the registry's port for TLS is refused.
+        match request.path.strip_prefix("http://registry.example") {
+            Some(path) => content.answer(path),
+            None => Answer::new(403, ""),
+        }
+    });
+    let url = Some(format!("http://{}", proxy.address));
+    let mut options = PullOptions {
+        https_proxy: url.clone(),
+        http_proxy: url,
+        ..PullOptions::default()
+    };
+    let name = "registry.example/a:1".parse().unwrap();
+    let error = pull(&scratch.store(), &name, &options, &Silent)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, PullError::Unreachable { .. }), "{error}");
+    assert_eq!(proxy.seen(), ["registry.example:443"]);
+
+    options.tls_verify = false;
+    let image = pull(&scratch.store(), &name, &options, &Silent)
+        .await
+        .unwrap();
+    assert_eq!(image.names[0].to_string(), "registry.example/a:1");
+    options.no_proxy = Some("registry.example".into());
+    let error = pull(&scratch.store(), &name, &options, &Silent)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, PullError::Unreachable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn two_that_pull_the_same_fetch_it_once() {
+    let scratch = Scratch::new();
+    let content = host();
+    let server = Server::start(move |request, _| content.answer(&request.path));
+    let (first, second) = (scratch.store(), scratch.store());
+    let name = format!("{}/a:1", server.address).parse().unwrap();
+    let options = PullOptions::default();
+    let (one, two) = tokio::join!(
+        pull(&first, &name, &options, &Silent),
+        pull(&second, &name, &options, &Silent),
+    );
+    let layer = one.unwrap().layers[0].digest.to_string();
+    two.unwrap();
+    let fetched = server
+        .seen()
+        .iter()
+        .filter(|path| path.ends_with(&layer))
+        .count();
+    assert_eq!(fetched, 1, "{:?}", server.seen());
+}
+
+#[tokio::test]
 async fn a_full_disk_is_named_and_not_filled() {
     if !rustix::process::geteuid().is_root() {
         println!("skipped: only root can mount a small file system");

@@ -367,3 +367,64 @@ impl Read for Section<'_> {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn archive() -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(3);
+        let long = "long/".repeat(40) + "name";
+        builder
+            .append_data(&mut header, &long, &b"abc"[..])
+            .unwrap();
+        header.set_size(0);
+        header.set_entry_type(tar::EntryType::Symlink);
+        builder.append_link(&mut header, "link", &long).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn long_names_and_links_are_read() {
+        let members = scan(archive().as_slice()).unwrap();
+        assert_eq!(members.len(), 2);
+        let Member::Link(target) = &members[Path::new("link")] else {
+            panic!("it is a link");
+        };
+        assert!(matches!(
+            members[target],
+            Member::File { size_bytes: 3, .. }
+        ));
+    }
+
+    #[test]
+    fn endless_headers_are_refused() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(64 << 20);
+        header.set_cksum();
+        builder
+            .append(&header, std::io::repeat(b'a').take(64 << 20))
+            .unwrap();
+        let error = scan(builder.into_inner().unwrap().as_slice())
+            .err()
+            .unwrap();
+        assert!(error.contains("not a valid tar archive"), "{error}");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>, changes: Vec<(u16, u8)>) {
+            let _ = scan(bytes.as_slice());
+            let mut archive = archive();
+            let length = archive.len();
+            for (at, byte) in changes {
+                archive[usize::from(at) % length] = byte;
+            }
+            let _ = scan(archive.as_slice());
+        }
+    }
+}

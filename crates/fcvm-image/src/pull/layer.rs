@@ -17,6 +17,7 @@ const TRIES_MAX_COUNT: u32 = 5;
 /// Tries altogether, for a server that breaks off after every byte.
 const TRIES_IN_ALL_MAX_COUNT: u32 = 200;
 const FIRST_WAIT: Duration = Duration::from_millis(250);
+const LOCK_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// A layer to be fetched.
@@ -68,9 +69,7 @@ impl LayerPull<'_> {
             return Ok(());
         }
         let _turn = parallel.acquire().await;
-        let (store, digest) = (self.store.clone(), self.digest);
-        // Reads what is here, and may wait for another process that fetches the same layer.
-        let mut partial = blocking(move || store.partial(&digest)).await?;
+        let mut partial = self.partial().await?;
         if ingest.has(&self.digest, self.size_bytes) {
             partial.discard()?;
             task.finish("already here");
@@ -95,6 +94,27 @@ impl LayerPull<'_> {
             "done"
         });
         Ok(())
+    }
+
+    /// Reads what is here, once no other process fetches the same layer.
+    async fn partial(&self) -> Result<Partial, PullError> {
+        let mut is_told = false;
+        loop {
+            let (store, digest) = (self.store.clone(), self.digest);
+            if let Some(partial) = blocking(move || store.try_partial(&digest)).await? {
+                return Ok(partial);
+            }
+            if !is_told {
+                let layer = self.digest.short();
+                let text =
+                    format!("another fcvm process is fetching layer {layer}; waiting for it");
+                self.progress.message(&text);
+                is_told = true;
+            }
+            // Waiting for the lock itself could not be given up, and would hold up the end of the
+            // runtime.
+            tokio::time::sleep(LOCK_WAIT).await;
+        }
     }
 
     /// Fetches until all bytes are here.

@@ -41,15 +41,20 @@ impl ImageStore {
         Ok(ingest)
     }
 
-    /// Opens what an earlier try left of this blob, or begins it. Another process that downloads the
-    /// same blob is waited for; look whether it is here when this returns.
+    /// Opens what an earlier try left of this blob, or begins it. `None` while another process fetches
+    /// the same blob; when it has finished, the blob may be here.
     ///
     /// Call it while an [`Ingest`] lives.
-    pub(crate) fn partial(&self, digest: &Digest) -> Result<Partial, StoreError> {
+    pub(crate) fn try_partial(&self, digest: &Digest) -> Result<Option<Partial>, StoreError> {
         let path = self
             .temporary_dir()
             .join(format!("{PARTIAL_PREFIX}{}", digest.hex()));
-        let file = lock_named(&path)?;
+        let file = open_named(&path)?;
+        match file.try_lock() {
+            Ok(()) if is_same_file(&file, &path) => {}
+            Ok(()) | Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(StoreError::io("lock", &path)(error)),
+        }
         let (store, digest) = (self.clone(), *digest);
         let mut partial = Partial {
             store,
@@ -59,7 +64,7 @@ impl ImageStore {
             hasher: Hasher::default(),
         };
         partial.read_what_is_here()?;
-        Ok(partial)
+        Ok(Some(partial))
     }
 }
 
@@ -385,17 +390,21 @@ pub(super) fn lock_if_free(path: &Path) -> Result<Option<File>, StoreError> {
 /// Waits for the file to be free, makes it where it is missing, and locks it.
 pub(super) fn lock_named(path: &Path) -> Result<File, StoreError> {
     loop {
-        let mut options = OpenOptions::new();
-        options
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(0o600);
-        let file = options.open(path).map_err(StoreError::io("open", path))?;
+        let file = open_named(path)?;
         file.lock().map_err(StoreError::io("lock", path))?;
         if is_same_file(&file, path) {
             return Ok(file);
         }
     }
+}
+
+fn open_named(path: &Path) -> Result<File, StoreError> {
+    let mut options = OpenOptions::new();
+    options
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .mode(0o600);
+    options.open(path).map_err(StoreError::io("open", path))
 }
