@@ -32,6 +32,35 @@ struct Row {
 }
 
 fn df(context: &Context, format: Format) -> anyhow::Result<u8> {
+    let rows = measure(context)?;
+    if format == Format::Json {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|row| {
+                json!({
+                    "kind": row.kind, "total": row.total, "active": row.active,
+                    "size_bytes": row.size_bytes, "reclaimable_bytes": row.reclaimable_bytes,
+                })
+            })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+        return Ok(crate::EXIT_SUCCESS);
+    }
+    let size = |bytes| ByteSize::from_bytes(bytes).to_string();
+    let rows = rows.iter().map(|row| {
+        vec![
+            row.kind.to_owned(),
+            row.total.to_string(),
+            row.active.to_string(),
+            size(row.size_bytes),
+            size(row.reclaimable_bytes),
+        ]
+    });
+    table(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"], rows);
+    Ok(crate::EXIT_SUCCESS)
+}
+
+fn measure(context: &Context) -> anyhow::Result<[Row; 4]> {
     let images = super::image::store(context)?.usage(&super::image::in_use(context)?)?;
     let store = context.state()?;
     let records = store.list()?;
@@ -41,7 +70,7 @@ fn df(context: &Context, format: Format) -> anyhow::Result<u8> {
         .map(|record| disk_bytes(&store.paths(&record.id).directory));
     let kernels = context.data_dir.join("kernels");
     let disks = context.data_dir.join("disks");
-    let rows = [
+    Ok([
         Row {
             kind: "Images",
             total: images.image_count,
@@ -80,32 +109,7 @@ fn df(context: &Context, format: Format) -> anyhow::Result<u8> {
             size_bytes: disk_bytes(&disks),
             reclaimable_bytes: disk_bytes(&disks),
         },
-    ];
-    if format == Format::Json {
-        let rows: Vec<_> = rows
-            .iter()
-            .map(|row| {
-                json!({
-                    "kind": row.kind, "total": row.total, "active": row.active,
-                    "size_bytes": row.size_bytes, "reclaimable_bytes": row.reclaimable_bytes,
-                })
-            })
-            .collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
-        return Ok(crate::EXIT_SUCCESS);
-    }
-    let size = |bytes| ByteSize::from_bytes(bytes).to_string();
-    let rows = rows.iter().map(|row| {
-        vec![
-            row.kind.to_owned(),
-            row.total.to_string(),
-            row.active.to_string(),
-            size(row.size_bytes),
-            size(row.reclaimable_bytes),
-        ]
-    });
-    table(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"], rows);
-    Ok(crate::EXIT_SUCCESS)
+    ])
 }
 
 /// Bytes that a tree takes on its file system.

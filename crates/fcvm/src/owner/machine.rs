@@ -47,39 +47,8 @@ pub(super) async fn assemble(
     watch.lap("accelerator");
     let disks = disks(context, spec)?;
     watch.lap("disks");
-    let network = attach_network(context, spec).await?;
-    let backend = match &network.backend {
-        Backend::None => "none".to_owned(),
-        Backend::Passt(_) => "rootless (passt)".to_owned(),
-        Backend::User { .. } => "rootless (QEMU user network)".to_owned(),
-    };
-    entry.update(|record| {
-        record.accelerator = accelerator.name().to_owned();
-        record.network = backend;
-        let helper = network.helper.as_ref();
-        record
-            .resources
-            .extend(helper.map(|helper| Resource::Process {
-                identity: helper.identity(),
-                role: "passt".to_owned(),
-            }));
-    })?;
+    let (network, interface) = connect(context, spec, entry, accelerator).await?;
     watch.lap("network");
-    let Attachment {
-        backend,
-        mac,
-        guest,
-        helper,
-        note,
-    } = network;
-    let (interface, backend) = interface(backend, mac);
-    let network = Attachment {
-        backend,
-        mac,
-        guest: guest.clone(),
-        helper,
-        note,
-    };
     let (console_read, console_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
         .context("cannot make a pipe for the console")?;
     rustix::io::ioctl_fionbio(&console_read, true)?;
@@ -106,10 +75,39 @@ pub(super) async fn assemble(
     watch.lap("hypervisor");
     Ok(Assembled {
         machine,
+        guest_network: network.guest.clone(),
         network,
-        guest_network: guest,
         console,
     })
+}
+
+/// Sets the network up and enters it in the record; gives its guard and the hypervisor's part.
+async fn connect(
+    context: &Context,
+    spec: &VmSpec,
+    entry: &mut Entry,
+    accelerator: Accelerator,
+) -> anyhow::Result<(Attachment, Option<NetworkSpec>)> {
+    let mut network = attach_network(context, spec).await?;
+    let helper = network.helper.as_ref().map(|helper| Resource::Process {
+        identity: helper.identity(),
+        role: "passt".to_owned(),
+    });
+    let mac = network.mac;
+    let (shown, backend) = match std::mem::replace(&mut network.backend, Backend::None) {
+        Backend::None => ("none", None),
+        Backend::Passt(socket) => ("rootless (passt)", Some(NetworkBackend::Stream(socket))),
+        Backend::User { forwards, ipv6 } => (
+            "rootless (QEMU user network)",
+            Some(NetworkBackend::User { forwards, ipv6 }),
+        ),
+    };
+    entry.update(|record| {
+        record.accelerator = accelerator.name().to_owned();
+        record.network = shown.to_owned();
+        record.resources.extend(helper);
+    })?;
+    Ok((network, backend.map(|backend| NetworkSpec { backend, mac })))
 }
 
 /// The root image and the VM's own writable disk.
@@ -163,27 +161,6 @@ async fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Atta
         guest.dns_servers.clone_from(&spec.dns_servers);
     }
     Ok(attachment)
-}
-
-/// The interface for the hypervisor; what stays of the backend with the owner.
-fn interface(backend: Backend, mac: [u8; 6]) -> (Option<NetworkSpec>, Backend) {
-    match backend {
-        Backend::None => (None, Backend::None),
-        Backend::Passt(socket) => (
-            Some(NetworkSpec {
-                backend: NetworkBackend::Stream(socket),
-                mac,
-            }),
-            Backend::None,
-        ),
-        Backend::User { forwards, ipv6 } => (
-            Some(NetworkSpec {
-                backend: NetworkBackend::User { forwards, ipv6 },
-                mac,
-            }),
-            Backend::None,
-        ),
-    }
 }
 
 /// QEMU, as it is found in the search path.
