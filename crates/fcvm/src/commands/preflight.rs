@@ -134,7 +134,7 @@ fn accelerator(context: &Context) -> Finding {
     const CHECK: &str = "accelerator";
     const SLOWER: &str =
         "VMs run under TCG, QEMU's software emulation: the same, several times slower";
-    match super::setup::probe(context).kvm {
+    match super::setup::probe_anew(context).kvm {
         KvmUsability::Usable => Finding::ok(
             CHECK,
             "kvm: a test guest ran",

@@ -78,6 +78,18 @@ fn kernels(context: &Context) -> PathBuf {
     context.data_dir.join("kernels")
 }
 
+/// Where the probe's result is kept.
+fn probe_cache(context: &Context) -> PathBuf {
+    context.data_dir.join("host-probe.json")
+}
+
+/// What the host can do, probed anew: a verdict reached on an overloaded host does not stay.
+pub(crate) fn probe_anew(context: &Context) -> HostProbe {
+    // One that cannot be removed cannot be written either.
+    let _ = std::fs::remove_file(probe_cache(context));
+    probe(context)
+}
+
 /// The kernel that setup fetched.
 pub(crate) fn installed_kernel(context: &Context) -> anyhow::Result<Option<GuestKernel>> {
     Ok(fcvm_kernel::installed(&kernels(context))?)
@@ -107,7 +119,7 @@ pub(crate) fn probe(context: &Context) -> HostProbe {
     let mut child = Command::new("/proc/self/exe");
     child.arg("probe-guest");
     // A data directory that is not there yet is made by what follows; until then nothing is kept.
-    probe_host(Some(&context.data_dir.join("host-probe.json")), child)
+    probe_host(Some(&probe_cache(context)), child)
 }
 
 /// `fcvm probe-guest`: what `probe` starts, in a process that may hang or die.
