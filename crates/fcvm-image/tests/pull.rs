@@ -5,10 +5,13 @@ mod common;
 mod registry;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{Recorder, Scratch, all, noise, tool_missing};
+use common::{Recorder, Scratch, all, noise, run, tool_missing};
 use fcvm_image::pull::PullError;
 use fcvm_image::{
     Image, ImageStore, ImportOptions, Platform, Progress, PullOptions, Reference, Silent, Task,
@@ -318,6 +321,64 @@ async fn passwords_come_from_the_caller_or_from_files() {
     options.credential = None;
     options.credential_files = vec![scratch.path("absent"), file];
     pull(&store, &name, &options, &Silent).await.unwrap();
+}
+
+/// Helpers are looked up in PATH, which only a process of its own can have changed.
+#[tokio::test]
+async fn credential_helpers_are_asked() {
+    const NAME: &str = "FCVM_TEST_NAME";
+    const DIR: &str = "FCVM_TEST_DIR";
+    if let (Ok(name), Ok(dir)) = (std::env::var(NAME), std::env::var(DIR)) {
+        let dir = Path::new(&dir);
+        let store = ImageStore::open(&dir.join("store")).unwrap();
+        let options = PullOptions {
+            credential_files: vec![dir.join("config.json")],
+            ..PullOptions::default()
+        };
+        let result = pull(&store, &name.parse().unwrap(), &options, &Silent).await;
+        let text = result.map_or_else(|error| error.to_string(), |image| image.id.to_string());
+        fs::write(dir.join("result"), text).unwrap();
+        return;
+    }
+    if absent() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (source, original) = source(&scratch);
+    let registry = Registry::with_password(&scratch);
+    let name = push(&registry, &source);
+    let helper = scratch.path("docker-credential-test");
+    let config = scratch.path("config.json");
+    let json = format!(r#"{{"credHelpers":{{"{}":"test"}}}}"#, registry.address);
+    fs::write(&config, json).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    for (script, expected) in [
+        (
+            r#"echo "{\"ServerURL\":\"$server\",\"Username\":\"user\",\"Secret\":\"secret\"}""#,
+            original.id.to_string(),
+        ),
+        (
+            "echo credentials not found in store; exit 1",
+            "needs credentials".into(),
+        ),
+        (
+            "echo it is locked >&2; exit 1",
+            "docker-credential-test failed: it is locked".into(),
+        ),
+        ("echo nonsense", "config.json cannot be used".into()),
+        ("", "is it installed?".into()),
+    ] {
+        fs::write(&helper, format!("#!/bin/sh\nserver=$(cat)\n{script}\n")).unwrap();
+        let mode = if script.is_empty() { 0o644 } else { 0o755 };
+        fs::set_permissions(&helper, fs::Permissions::from_mode(mode)).unwrap();
+        run(Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "credential_helpers_are_asked"])
+            .env(NAME, name.to_string())
+            .env(DIR, scratch.path(""))
+            .env("PATH", format!("{}:{path}", scratch.path("").display())));
+        let result = fs::read_to_string(scratch.path("result")).unwrap();
+        assert!(result.contains(&expected), "{result}");
+    }
 }
 
 #[tokio::test]

@@ -162,6 +162,9 @@ fn explain(error: &CredentialRetrievalError) -> Option<String> {
                 ))
             }
         }
+        CredentialRetrievalError::HelperCommunicationError => {
+            Some("the credential helper that it names cannot be run; is it installed?".into())
+        }
         CredentialRetrievalError::ConfigReadError => Some("the file is not valid JSON".into()),
         other => Some(one_line(&other.to_string(), 200)),
     }
