@@ -68,7 +68,8 @@ impl Container {
         self.check_running()?;
         move_into_thread_name_spaces(self.pidfd.as_fd(), ThreadNameSpaceType::PROCESS_ID)
             .context("entering the container")?;
-        let fork = sys::fork(0, Some(self.cgroup.as_fd()));
+        // A privileged container may have made its control group one that takes no processes.
+        let fork = sys::fork(0, Some(self.cgroup.as_fd())).or_else(|_| sys::fork(0, None));
         if matches!(fork, Ok(Fork::Child)) {
             return fork.context("starting a process");
         }
