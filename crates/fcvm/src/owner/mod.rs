@@ -96,6 +96,9 @@ async fn own(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8
         None => None,
     };
     let network = tokio::task::spawn_local(watch_network(Rc::clone(&vm)).in_current_span());
+    let watched = Rc::clone(&vm);
+    let disks =
+        tokio::task::spawn_local(async move { watched.watch_disks().await }.in_current_span());
     let control =
         tokio::task::spawn_local(control::serve(listener, Rc::clone(&vm)).in_current_span());
     let health = spec.health.clone().map(|check| {
@@ -109,6 +112,7 @@ async fn own(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8
     health.inspect(|task| task.abort());
     control.abort();
     network.abort();
+    disks.abort();
     supervisor::power_off(&vm, &ending).await;
     console.abort();
     entry.finish(&vm.record.borrow(), &ending)?;
@@ -179,6 +183,7 @@ async fn start(context: &Context, spec: &VmSpec, detached: bool) -> anyhow::Resu
         link,
         stop_requests: stop,
         pausing: false.into(),
+        out_of_space: false.into(),
     });
     Ok(Started {
         entry,

@@ -1,10 +1,11 @@
 //! A VM that runs, as the owner's parts share it: its record, its machine and its agent.
 
 use std::cell::{Cell, RefCell};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::Pause;
-use fcvm_hypervisor::qemu::QemuVm;
+use fcvm_hypervisor::qemu::{QemuVm, VmEvent};
 use fcvm_types::record::{VmRecord, VmState};
 use fcvm_wire::{Outcome, Request};
 use tokio::sync::mpsc;
@@ -25,7 +26,12 @@ pub(super) struct RunningVm {
     pub(super) stop_requests: mpsc::UnboundedSender<Option<u32>>,
     /// Kept from one pause to its end, so that two of them cannot cross.
     pub(super) pausing: Cell<bool>,
+    /// The machine stopped because the host had no space for its disk.
+    pub(super) out_of_space: Cell<bool>,
 }
+
+/// How long the guest may take to set its clock; it cannot where the machine stopped again at once.
+const CLOCK_LIMIT: Duration = Duration::from_secs(5);
 
 impl RunningVm {
     /// Changes the record and writes it.
@@ -49,12 +55,46 @@ impl RunningVm {
     /// Opens a stream to the agent; refused while nothing in the guest can answer.
     pub(super) async fn open(&self, request: &Request) -> anyhow::Result<AgentStream> {
         match self.state() {
-            VmState::Paused => bail!(
-                "the VM is paused: 'fcvm unpause {}' lets it go on",
-                self.record.borrow().name
-            ),
+            VmState::Paused => bail!(self.paused()),
             VmState::Running | VmState::Stopping => self.link.open(request).await,
             _ => bail!("the VM is not running"),
+        }
+    }
+
+    /// Why nothing in the guest answers, and what to do.
+    fn paused(&self) -> String {
+        let name = &self.record.borrow().name;
+        if self.out_of_space.get() {
+            format!(
+                "the VM is paused because the file system of its disk on the host is full: free space, then 'fcvm unpause {name}'"
+            )
+        } else {
+            format!("the VM is paused: 'fcvm unpause {name}' lets it go on")
+        }
+    }
+
+    /// Watches the machine's disks: where the host has no space left the machine stops itself, and
+    /// its writes wait.
+    pub(super) async fn watch_disks(&self) {
+        while let Some(event) = self.machine.next_event().await {
+            match event {
+                VmEvent::DiskError { no_space: true, .. }
+                    if matches!(self.state(), VmState::Running | VmState::Paused) =>
+                {
+                    self.out_of_space.set(true);
+                    self.update(|record| record.state = VmState::Paused);
+                    tracing::warn!(target: "vm", "{}", self.paused());
+                }
+                VmEvent::DiskError {
+                    no_space: false,
+                    disk,
+                    reason,
+                    ..
+                } => {
+                    tracing::warn!(target: "vm", "the disk {disk} fails on the host: {reason}");
+                }
+                _ => {}
+            }
         }
     }
 
@@ -68,10 +108,7 @@ impl RunningVm {
     pub(super) async fn kill(&self, signal: i32) -> anyhow::Result<()> {
         if self.state() == VmState::Paused {
             if signal != SIGKILL {
-                bail!(
-                    "the VM is paused: 'fcvm unpause {}' lets it go on",
-                    self.record.borrow().name
-                );
+                bail!(self.paused());
             }
             self.unpause().await?;
         }
@@ -102,6 +139,8 @@ impl RunningVm {
             bail!("the VM is not paused");
         }
         self.pausing.set(true);
+        // Set again by the machine's next event where there is still no space.
+        self.out_of_space.set(false);
         let resumed = self
             .machine
             .resume()
@@ -109,14 +148,19 @@ impl RunningVm {
             .context("cannot let the VM go on");
         self.pausing.set(false);
         resumed?;
+        if self.out_of_space.get() {
+            bail!(self.paused());
+        }
         self.update(|record| record.state = VmState::Running);
-        let set = self
-            .link
-            .request(&Request::SetClock {
-                realtime_ns: super::realtime_ns(),
-            })
-            .await;
-        match set.and_then(finished) {
+        let request = Request::SetClock {
+            realtime_ns: super::realtime_ns(),
+        };
+        let set = tokio::time::timeout(CLOCK_LIMIT, self.link.request(&request)).await;
+        match set
+            .context("the guest does not answer")
+            .flatten()
+            .and_then(finished)
+        {
             Ok(Outcome::Done) => {}
             Ok(other) => tracing::debug!(target: "agent", "an unexpected answer: {other:?}"),
             Err(error) => tracing::warn!(target: "agent", "the guest's clock is late: {error:#}"),
