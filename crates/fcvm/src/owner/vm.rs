@@ -81,7 +81,10 @@ impl RunningVm {
                 VmEvent::DiskError { no_space: true, .. }
                     if matches!(self.state(), VmState::Running | VmState::Paused) =>
                 {
-                    self.out_of_space.set(true);
+                    // Each waiting write is an event.
+                    if self.out_of_space.replace(true) {
+                        continue;
+                    }
                     self.update(|record| record.state = VmState::Paused);
                     tracing::warn!(target: "vm", "{}", self.paused());
                 }

@@ -260,10 +260,16 @@ impl Lab {
     /// Starts a VM in the background that idles until it is told to stop, and stops at once then.
     #[track_caller]
     pub(crate) fn idle_vm(&self, name: &str, options: &[&str]) -> String {
+        self.idle_vm_of(crate::base::IMAGE, name, options)
+    }
+
+    /// The same with another image.
+    #[track_caller]
+    pub(crate) fn idle_vm_of(&self, image: &str, name: &str, options: &[&str]) -> String {
         let mut arguments = vec!["run", "-d", "--name", name];
         arguments.extend(options);
         arguments.extend([
-            crate::base::IMAGE,
+            image,
             "sh",
             "-c",
             "trap 'exit 0' TERM; echo started; while :; do sleep 1000 & wait; done",

@@ -31,8 +31,11 @@ fn a_shell_in_a_terminal() {
     // Ctrl-C ends what runs in the foreground, not the shell.
     // What it gives back beside the echo shows that it has begun.
     terminal.output.clear();
-    terminal.type_in("cat\rprobe\r");
+    terminal.type_in("echo be''gun; cat\r");
+    terminal.output.wait_for("\nbegun\r\n");
+    terminal.type_in("probe\r");
     terminal.output.wait_for("probe\r\nprobe\r\n");
+    terminal.output.clear();
     terminal.type_in("\x03");
     terminal.output.wait_for("# ");
     terminal.type_in("echo int=$?\r");
