@@ -28,6 +28,8 @@ struct FcvmBoot {
     /// Processor time of QEMU alone at that moment.
     qemu_cpu_ms: f64,
     stages: Vec<(String, f64)>,
+    /// Resident memory of the owner, in megabytes.
+    owner_rss_mb: f64,
     qemu: Vec<String>,
     accelerator: String,
 }
@@ -38,66 +40,74 @@ pub(crate) fn measure(lab: &Lab, rounds: usize, report: &mut Report) -> anyhow::
     report.conditions.accelerator = Some(warm.accelerator.clone());
     let floor = bare(&warm.qemu)?;
     floor_boot(&floor)?;
-    let mut stages: BTreeMap<usize, (String, Vec<f64>)> = BTreeMap::new();
-    let (mut wall, mut cpu, mut qemu_cpu) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut floor_wall, mut floor_cpu) = (Vec::new(), Vec::new());
-    let (mut whole_wall, mut whole_cpu) = (Vec::new(), Vec::new());
+    let mut taken = Rounds::default();
     for round in 1..=rounds {
         eprintln!("boot: round {round} of {rounds}");
-        let boot = fcvm_boot(lab)?;
-        wall.push(boot.seen.wall_ms);
-        cpu.push(boot.seen.cpu_ms);
-        qemu_cpu.push(boot.qemu_cpu_ms);
-        for (index, (stage, milliseconds)) in boot.stages.into_iter().enumerate() {
-            stages
-                .entry(index)
-                .or_insert_with(|| (stage, Vec::new()))
-                .1
-                .push(milliseconds);
-        }
+        taken.boot(fcvm_boot(lab)?);
         let seen = floor_boot(&floor)?;
-        floor_wall.push(seen.wall_ms);
-        floor_cpu.push(seen.cpu_ms);
+        taken.floor_wall.push(seen.wall_ms);
+        taken.floor_cpu.push(seen.cpu_ms);
         let seen = whole_run(lab)?;
-        whole_wall.push(seen.wall_ms);
-        whole_cpu.push(seen.cpu_ms);
+        taken.whole_wall.push(seen.wall_ms);
+        taken.whole_cpu.push(seen.cpu_ms);
     }
-    let floor_wall = Samples::new("bare QEMU", floor_wall);
-    let floor_cpu = Samples::new("bare QEMU", floor_cpu);
-    let first = "fcvm run: first container output";
-    report.add(
-        Measure::new("boot", "ms wall", Samples::new(first, wall))
-            .against(floor_wall)
-            .target(Target::Difference(150.0)),
-    );
-    report.add(
-        Measure::new("boot", "ms CPU", Samples::new(first, cpu))
-            .against(floor_cpu.clone())
-            .target(Target::Ratio(1.15)),
-    );
-    report.add(
-        Measure::new("boot", "ms CPU", Samples::new("  of which QEMU", qemu_cpu))
-            .against(floor_cpu),
-    );
-    for (stage, samples) in stages.into_values() {
-        report.add(Measure::new(
-            "boot",
-            "ms wall",
-            Samples::new(format!("  stage: {stage}"), samples),
-        ));
-    }
-    let whole = "fcvm run --rm IMAGE true, to its end";
-    report.add(Measure::new(
-        "boot",
-        "ms wall",
-        Samples::new(whole, whole_wall),
-    ));
-    report.add(Measure::new(
-        "boot",
-        "ms CPU",
-        Samples::new(whole, whole_cpu),
-    ));
+    taken.report(report);
     Ok(())
+}
+
+/// The samples of all rounds.
+#[derive(Default)]
+struct Rounds {
+    wall: Vec<f64>,
+    cpu: Vec<f64>,
+    qemu_cpu: Vec<f64>,
+    owner_rss: Vec<f64>,
+    stages: BTreeMap<usize, (String, Vec<f64>)>,
+    floor_wall: Vec<f64>,
+    floor_cpu: Vec<f64>,
+    whole_wall: Vec<f64>,
+    whole_cpu: Vec<f64>,
+}
+
+impl Rounds {
+    fn boot(&mut self, boot: FcvmBoot) {
+        self.wall.push(boot.seen.wall_ms);
+        self.cpu.push(boot.seen.cpu_ms);
+        self.qemu_cpu.push(boot.qemu_cpu_ms);
+        self.owner_rss.push(boot.owner_rss_mb);
+        for (index, (stage, milliseconds)) in boot.stages.into_iter().enumerate() {
+            let entry = self.stages.entry(index);
+            let (_, samples) = entry.or_insert_with(|| (stage, Vec::new()));
+            samples.push(milliseconds);
+        }
+    }
+
+    fn report(self, report: &mut Report) {
+        let row = |unit, samples| Measure::new("boot", unit, samples);
+        let first = "fcvm run: first container output";
+        let floor_cpu = Samples::new("bare QEMU", self.floor_cpu);
+        report.add(
+            row("ms wall", Samples::new(first, self.wall))
+                .against(Samples::new("bare QEMU", self.floor_wall))
+                .target(Target::Difference(150.0)),
+        );
+        report.add(
+            row("ms CPU", Samples::new(first, self.cpu))
+                .against(floor_cpu.clone())
+                .target(Target::Ratio(1.15)),
+        );
+        let qemu = Samples::new("  of which QEMU", self.qemu_cpu);
+        report.add(row("ms CPU", qemu).against(floor_cpu));
+        for (stage, samples) in self.stages.into_values() {
+            let samples = Samples::new(format!("  stage: {stage}"), samples);
+            report.add(row("ms wall", samples));
+        }
+        let rss = Samples::new("fcvm run's own RSS while its VM runs", self.owner_rss);
+        report.add(row("MB", rss).target(Target::Median(15.0)));
+        let whole = "fcvm run --rm IMAGE true, to its end";
+        report.add(row("ms wall", Samples::new(whole, self.whole_wall)));
+        report.add(row("ms CPU", Samples::new(whole, self.whole_cpu)));
+    }
 }
 
 /// Runs a container that writes a line and waits; it is asked for its stages meanwhile.
@@ -128,6 +138,7 @@ fn fcvm_boot(lab: &Lab) -> anyhow::Result<FcvmBoot> {
         seen: Seen { wall_ms, cpu_ms },
         qemu_cpu_ms: process::cpu_seconds(qemu_pid) * 1000.0,
         stages: stages(&vm),
+        owner_rss_mb: process::memory_bytes(child.0.id(), "Rss")? / 1e6,
         qemu: process::command_line(qemu_pid)?,
         accelerator: vm["accelerator"].as_str().unwrap_or("unknown").to_owned(),
     };
@@ -232,18 +243,13 @@ impl Drop for Running {
 fn bare(full: &[String]) -> anyhow::Result<Vec<String>> {
     let (program, arguments) = full.split_first().context("QEMU has no command line")?;
     let mut line = vec![program.clone()];
-    let mut rest = arguments.iter();
+    let mut rest = arguments.iter().peekable();
     while let Some(option) = rest.next() {
-        if matches!(
-            option.as_str(),
-            "-nodefaults" | "-no-user-config" | "-no-reboot" | "-nographic"
-        ) {
+        // What begins with '-' is the next option: this one has no value.
+        let Some(value) = rest.next_if(|value| !value.starts_with('-')) else {
             line.push(option.clone());
             continue;
-        }
-        let value = rest
-            .next()
-            .with_context(|| format!("QEMU's option {option} has no value"))?;
+        };
         if let Some(value) = bare_value(option, value) {
             line.extend([option.clone(), value]);
         }

@@ -25,9 +25,9 @@ pub(crate) fn measure(lab: &Lab, vm: &BenchVm<'_>, report: &mut Report) -> anyho
         });
     };
     let rss = process::memory_bytes(owner, "Rss")? / MEGABYTE;
-    add("fcvm's own RSS while a VM runs", "MB", rss, Some(15.0));
+    add("RSS of the owner of a detached VM", "MB", rss, Some(15.0));
     add(
-        "fcvm's own PSS while a VM runs",
+        "PSS of the owner of a detached VM",
         "MB",
         process::memory_bytes(owner, "Pss")? / MEGABYTE,
         None,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use comfy_table::{Table, presets::UTF8_HORIZONTAL_ONLY};
+use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use serde::Serialize;
 
 use crate::conditions::Conditions;
@@ -191,16 +191,16 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\n{}", self.conditions)?;
         let mut table = Table::new();
-        table.load_preset(UTF8_HORIZONTAL_ONLY).set_header([
+        table.load_preset(ASCII_MARKDOWN).set_header([
             "measured",
             "unit",
             "median (min - max)",
             "p90",
             "n",
             "compared with",
-            "",
+            "comes to",
             "target",
-            "",
+            "verdict",
         ]);
         for measure in &self.measures {
             table.add_row(measure.row());
