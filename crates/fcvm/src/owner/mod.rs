@@ -244,23 +244,7 @@ async fn build(
         .take_agent()
         .context("the hypervisor gives no channel to the agent")?;
     let console_log = entry.paths.console_log();
-    let link = tokio::select! {
-        link = AgentLink::establish(socket) => match link {
-            Ok(link) => link,
-            // A machine that ends takes the channel with it, and tells more.
-            Err(error) => match tokio::time::timeout(MACHINE_END_LIMIT, machine.wait_exit()).await {
-                Ok(exit) => anyhow::bail!("{}", machine::boot_failure(&format!("the guest did not boot ({exit})"), &console_log)),
-                Err(_) => return Err(error.context(machine::boot_failure("the guest's agent does not answer as it should", &console_log))),
-            },
-        },
-        exit = machine.wait_exit() => {
-            anyhow::bail!("{}", machine::boot_failure(&format!("the guest did not boot ({exit})"), &console_log));
-        }
-        () = tokio::time::sleep(spec.boot_timeout) => {
-            let text = format!("the guest did not answer within {} s (--boot-timeout)", spec.boot_timeout.as_secs());
-            anyhow::bail!("{}", machine::boot_failure(&text, &console_log));
-        }
-    };
+    let link = first_word(&machine, socket, spec.boot_timeout, &console_log).await?;
     watch.lap("boot");
     let plan = GuestPlan {
         hostname: spec.hostname.clone(),
@@ -292,6 +276,30 @@ async fn build(
         listener,
         console,
     })
+}
+
+/// Waits for the agent's first word.
+async fn first_word(
+    machine: &fcvm_hypervisor::qemu::QemuVm,
+    socket: tokio::net::UnixStream,
+    limit: Duration,
+    console_log: &std::path::Path,
+) -> anyhow::Result<AgentLink> {
+    let failure = |what: &str| machine::boot_failure(what, console_log);
+    let established = tokio::time::timeout(limit, AgentLink::establish(socket));
+    let ended = tokio::select! {
+        link = established => match link {
+            Ok(Ok(link)) => return Ok(link),
+            // A machine that ends takes the channel with it, and tells more.
+            Ok(Err(error)) => match tokio::time::timeout(MACHINE_END_LIMIT, machine.wait_exit()).await {
+                Ok(exit) => exit,
+                Err(_) => return Err(error.context(failure("the guest's agent does not answer as it should"))),
+            },
+            Err(_) => anyhow::bail!(failure(&format!("the guest did not answer within {} s (--boot-timeout)", limit.as_secs()))),
+        },
+        exit = machine.wait_exit() => exit,
+    };
+    anyhow::bail!(failure(&format!("the guest did not boot ({ended})")))
 }
 
 /// Waits until the container's process has started.

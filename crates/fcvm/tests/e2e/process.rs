@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -49,7 +49,8 @@ impl Collected {
             loop {
                 // A terminal whose other side is closed gives an error at its end.
                 let length = source.read(&mut buffer).unwrap_or(0);
-                let mut state = writer.0.0.lock().unwrap();
+                // A test that failed while it looked is no reason to stop reading.
+                let mut state = writer.0.0.lock().unwrap_or_else(PoisonError::into_inner);
                 state.bytes.extend_from_slice(&buffer[..length]);
                 state.ended = length == 0;
                 writer.0.1.notify_all();
