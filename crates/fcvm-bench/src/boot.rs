@@ -245,6 +245,10 @@ fn bare(full: &[String]) -> anyhow::Result<Vec<String>> {
     let mut line = vec![program.clone()];
     let mut rest = arguments.iter().peekable();
     while let Some(option) = rest.next() {
+        // fcvm lets the machine go by a command, which nobody sends here.
+        if option == "-S" {
+            continue;
+        }
         // What begins with '-' is the next option: this one has no value.
         let Some(value) = rest.next_if(|value| !value.starts_with('-')) else {
             line.push(option.clone());
@@ -307,7 +311,7 @@ mod tests {
             -add-fd fd=7,set=7,opaque=fcvm-root -blockdev driver=raw,node-name=fcvm-root \
             -device virtio-blk-device,drive=fcvm-root,serial=fcvm-root \
             -netdev stream,id=net0,server=off,addr.type=fd,addr.str=8 \
-            -device virtio-net-device,netdev=net0,mac=52:54:00:01:02:03 -no-reboot -sandbox on \
+            -device virtio-net-device,netdev=net0,mac=52:54:00:01:02:03 -no-reboot -S -sandbox on \
             -chardev socket,id=control,fd=4 -mon chardev=control,mode=control -kernel vmlinux -append quiet";
         let full: Vec<String> = full.split_whitespace().map(str::to_owned).collect();
         let expected = "qemu-system-x86_64 -nodefaults -no-user-config \
