@@ -274,7 +274,12 @@ impl Lab {
             "-c",
             "trap 'exit 0' TERM; echo started; while :; do sleep 1000 & wait; done",
         ]);
-        self.ok(&arguments).trim().to_owned()
+        let id = self.ok(&arguments).trim().to_owned();
+        // The program runs when the command returns; that its trap is set it says itself.
+        self.start(&["logs", "-f", name])
+            .stdout
+            .wait_for("started\n");
+        id
     }
 
     /// What a shell in a VM says to a script.
