@@ -81,7 +81,7 @@ impl BootstrapOptions {
 }
 
 /// A directory in memory that has room for a tree. dpkg syncs several files for each package, which
-/// takes most of the time on a disk (here 141 s, and 36 s in memory).
+/// takes most of the time on a disk.
 pub fn memory_dir() -> Option<PathBuf> {
     const TMPFS: i64 = 0x0102_1994;
     const ROOM_BYTES: u64 = 2 << 30;
