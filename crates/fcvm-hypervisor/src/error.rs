@@ -99,6 +99,14 @@ pub enum HypervisorError {
         /// Its reason.
         reason: String,
     },
+    /// The state of a VM's processors and devices could not be saved or loaded.
+    #[error("the device state cannot be {what}: {reason}")]
+    State {
+        /// `saved` or `loaded`.
+        what: &'static str,
+        /// What went wrong.
+        reason: String,
+    },
     /// The control channel has ended, as it does when the hypervisor ends.
     #[error("QEMU has closed its control channel: {reason}")]
     Disconnected {

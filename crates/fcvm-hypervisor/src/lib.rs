@@ -18,7 +18,10 @@ pub mod spec;
 use std::future::Future;
 
 pub use error::HypervisorError;
-pub use spec::{Accelerator, DiskSpec, GuestMemory, LaunchSpec, NetworkBackend, NetworkSpec};
+pub use spec::{
+    Accelerator, BootSpec, DiskFormat, DiskLayer, DiskSpec, GuestMemory, HardwareSpec, LaunchSpec,
+    MemoryMapping, NetworkBackend, NetworkSpec,
+};
 
 /// A hypervisor that starts VMs.
 pub trait Launch {
@@ -44,4 +47,31 @@ pub trait Pause {
 
     /// Starts them again. A running VM keeps running.
     fn resume(&self) -> impl Future<Output = Result<(), HypervisorError>> + Send;
+}
+
+/// A VM whose processors and devices can be saved.
+pub trait SaveState {
+    /// What is saved.
+    type State;
+
+    /// Saves the state of the processors and devices. The VM must be paused and stays so; guest
+    /// memory and disks are not part of it.
+    fn save_state(&self) -> impl Future<Output = Result<Self::State, HypervisorError>> + Send;
+}
+
+/// A hypervisor that starts VMs from saved state.
+pub trait RestoreState {
+    /// A process that waits for the state. Dropping it ends it.
+    type Standby;
+
+    /// Starts a process with the hardware of the VM whose state it is to get. Its memory is mapped
+    /// copy-on-write, and it touches neither memory nor disks before the state is loaded.
+    ///
+    /// # Errors
+    ///
+    /// As [`Launch::launch`].
+    fn prepare(
+        &self,
+        hardware: HardwareSpec,
+    ) -> impl Future<Output = Result<Self::Standby, HypervisorError>> + Send;
 }

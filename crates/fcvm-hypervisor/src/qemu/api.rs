@@ -54,6 +54,8 @@ pub(super) struct QmpClient {
     shared: Arc<Shared>,
     events: tokio::sync::Mutex<mpsc::Receiver<VmEvent>>,
     ended: watch::Receiver<bool>,
+    /// Status of the latest migration, which is how device state is loaded.
+    migration: watch::Receiver<String>,
     version: Version,
 }
 
@@ -131,9 +133,11 @@ impl QmpClient {
         let shared = Arc::new(Shared::default());
         let (event_sender, events) = mpsc::channel(EVENTS_MAX);
         let (ended_sender, ended) = watch::channel(false);
+        let (migration_sender, migration) = watch::channel(String::new());
         let dispatcher = Dispatcher {
             shared: Arc::clone(&shared),
             events: event_sender,
+            migration: migration_sender,
             dropped_events: 0,
         };
         tokio::spawn(dispatcher.run(reader, ended_sender));
@@ -142,6 +146,7 @@ impl QmpClient {
             shared,
             events: tokio::sync::Mutex::new(events),
             ended,
+            migration,
             version: Version {
                 major: numbers.major,
                 minor: numbers.minor,
@@ -219,6 +224,18 @@ impl QmpClient {
         self.events.lock().await.recv().await
     }
 
+    /// Waits until a migration has ended, and tells whether it succeeded. The capability `events`
+    /// must be set.
+    pub(super) async fn migrated(&self, timeout: Duration) -> Result<bool, HypervisorError> {
+        let mut migration = self.migration.clone();
+        let over = |status: &String| matches!(status.as_str(), "completed" | "failed");
+        let waited = within("migrate-incoming", timeout, migration.wait_for(over)).await?;
+        match waited {
+            Ok(status) => Ok(*status == "completed"),
+            Err(_) => Err(self.disconnected()),
+        }
+    }
+
     /// Forgets the events that have arrived.
     pub(super) async fn forget_events(&self) {
         let mut events = self.events.lock().await;
@@ -266,6 +283,7 @@ impl Drop for Entry<'_> {
 struct Dispatcher {
     shared: Arc<Shared>,
     events: mpsc::Sender<VmEvent>,
+    migration: watch::Sender<String>,
     dropped_events: u64,
 }
 
@@ -309,6 +327,10 @@ impl Dispatcher {
             "SHUTDOWN" => {
                 let reason = text(data, "reason");
                 self.shared.lock().shutdown.get_or_insert(reason);
+                return;
+            }
+            "MIGRATION" => {
+                let _ = self.migration.send(text(data, "status"));
                 return;
             }
             "STOP" => VmEvent::Stopped,

@@ -5,23 +5,32 @@ use fcvm_types::{ByteSize, PortMapping};
 use serde::{Deserialize, Serialize};
 
 use super::Version;
-use crate::spec::Accelerator;
+use crate::spec::{Accelerator, DiskFormat, MemoryMapping};
 
-/// Everything of a VM that a snapshot of it depends on, descriptors left out.
+/// Descriptor set of the console. Those of disks have the number of their descriptor, above 2.
+const CONSOLE_SET: i32 = 0;
+/// Descriptor set of the pipe that device state is saved to.
+pub(super) const STATE_SET: i32 = 1;
+
+/// A VM without its descriptors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Machine {
     pub(super) cpu_count: u32,
     pub(super) memory: ByteSize,
+    pub(super) mapping: MemoryMapping,
     pub(super) accelerator: Accelerator,
+    pub(super) translation_cache: ByteSize,
     pub(super) disks: Vec<Disk>,
     pub(super) network: Option<Network>,
 }
 
-/// A block device as the guest sees it.
+/// A block device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Disk {
     pub(super) serial: String,
     pub(super) read_only: bool,
+    /// Formats of its files, the lowest first.
+    pub(super) layers: Vec<DiskFormat>,
 }
 
 /// The network interface as the guest sees it, and which kind of backend it is bound to.
@@ -47,7 +56,10 @@ pub(super) struct Descriptors {
     pub(super) control: i32,
     pub(super) agent: i32,
     pub(super) console: i32,
-    pub(super) disks: Vec<i32>,
+    /// Where device state is written.
+    pub(super) state: i32,
+    /// The files of each disk.
+    pub(super) disks: Vec<Vec<i32>>,
     pub(super) network: Option<i32>,
 }
 
@@ -65,89 +77,150 @@ pub(super) struct Boot {
 pub struct DeviceLine {
     /// QEMU's version.
     pub qemu_version: Version,
-    /// The arguments that make the hardware. Descriptors are numbered from 0, whatever they were.
+    /// The arguments that make what the guest sees, without what stands behind it on the host.
     pub arguments: Vec<String>,
+}
+
+impl DeviceLine {
+    /// What of `saved` this hardware is not, as one clause; nothing where they are the same.
+    pub fn difference(&self, saved: &Self) -> Option<String> {
+        if self.qemu_version != saved.qemu_version {
+            return Some(format!(
+                "it was made by QEMU {} and this is QEMU {}",
+                saved.qemu_version, self.qemu_version
+            ));
+        }
+        if self.arguments == saved.arguments {
+            return None;
+        }
+        let pairs = saved.arguments.iter().zip(&self.arguments);
+        let (then, now) = pairs
+            .clone()
+            .find(|(then, now)| then != now)
+            .map_or(("more parts", "fewer parts"), |(then, now)| {
+                (then.as_str(), now.as_str())
+            });
+        Some(format!(
+            "its virtual hardware has '{then}' where this VM has '{now}'"
+        ))
+    }
 }
 
 impl Machine {
     /// The record of this machine's hardware.
     pub(super) fn device_line(&self, qemu_version: Version) -> DeviceLine {
-        let disks = (0..self.disks.len()).map(|index| 4 + index as i32);
-        let numbered = Descriptors {
-            memory: 0,
-            control: 1,
-            agent: 2,
-            console: 3,
-            disks: disks.collect(),
-            network: self.network.as_ref().map(|_| 4 + self.disks.len() as i32),
-        };
+        let mut line = Line::default();
+        self.devices(&mut line);
+        // The state of the network card's backend is part of the device state for QEMU's own.
+        let backend = self.network.as_ref().map(|network| &network.backend);
+        match backend {
+            Some(Backend::Stream) => line.option("-netdev", "stream".to_owned()),
+            Some(Backend::User { .. }) => line.option("-netdev", "user".to_owned()),
+            None => {}
+        }
         DeviceLine {
             qemu_version,
-            arguments: self.hardware(&numbered),
+            arguments: line.0,
         }
     }
 
-    /// Arguments that make the virtual hardware.
+    /// Arguments that make the virtual hardware and what stands behind it.
     pub(super) fn hardware(&self, fds: &Descriptors) -> Vec<String> {
         let mut line = Line::default();
         // Nothing that was not asked for: no default devices, no configuration file of the user.
         line.flag("-nodefaults");
         line.flag("-no-user-config");
-        // A shared file from the start, so that a fork can take the memory over without a copy.
-        // The descriptor is the owner's memfd: /proc/self/fd is how QEMU is told of it.
+        self.backends(&mut line, fds);
+        self.devices(&mut line);
+        line.0
+    }
+
+    /// What the guest sees.
+    fn devices(&self, line: &mut Line) {
+        line.option("-machine", "microvm,memory-backend=memory".to_owned());
+        line.option("-m", format!("{}B", self.memory.bytes()));
+        line.option("-smp", self.cpu_count.to_string());
+        let cpu = match self.accelerator {
+            Accelerator::Kvm => "host",
+            Accelerator::Tcg { .. } => "max",
+        };
+        line.option("-cpu", cpu.to_owned());
+        line.option("-global", "virtio-mmio.force-legacy=false".to_owned());
+        line.option("-serial", "chardev:console".to_owned());
+        line.option("-device", "virtio-serial-device,id=serial0".to_owned());
+        line.option(
+            "-device",
+            format!("virtserialport,chardev=agent,name={AGENT_PORT_NAME},nr=1"),
+        );
+        for Disk { serial, .. } in &self.disks {
+            // A full file system of the host stops the VM until there is space, so that nothing is
+            // lost; every other error is the guest's to handle.
+            line.option(
+                "-device",
+                format!(
+                    "virtio-blk-device,drive={serial},serial={serial},werror=enospc,rerror=report"
+                ),
+            );
+        }
+        if let Some(network) = &self.network {
+            let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
+            line.option(
+                "-device",
+                format!("virtio-net-device,netdev=net0,mac={mac}"),
+            );
+        }
+    }
+
+    /// What stands behind the devices on the host.
+    fn backends(&self, line: &mut Line, fds: &Descriptors) {
+        // A file from the start, so that a fork can take the memory over without a copy. The
+        // descriptor is the owner's memfd: /proc/self/fd is how QEMU is told of it.
+        let share = match self.mapping {
+            MemoryMapping::Shared => "on",
+            MemoryMapping::CopyOnWrite => "off",
+        };
         line.option(
             "-object",
             format!(
-                "memory-backend-file,id=memory,size={},mem-path=/proc/self/fd/{},share=on",
+                "memory-backend-file,id=memory,size={},mem-path=/proc/self/fd/{},share={share}",
                 self.memory.bytes(),
                 fds.memory
             ),
         );
-        line.option("-machine", "microvm,memory-backend=memory".to_owned());
-        line.option("-m", format!("{}B", self.memory.bytes()));
-        line.option("-smp", self.cpu_count.to_string());
-        match self.accelerator {
-            Accelerator::Kvm => {
-                line.option("-cpu", "host".to_owned());
-                line.option("-accel", "kvm".to_owned());
-            }
-            Accelerator::Tcg { .. } => {
-                line.option("-cpu", "max".to_owned());
-                // The cache of translated code grows to 1 GiB where it may. A boot fills a sixth of
-                // this; a full one is thrown away and filled again.
-                line.option("-accel", "tcg,thread=multi,tb-size=256".to_owned());
-            }
-        }
-        line.option("-global", "virtio-mmio.force-legacy=false".to_owned());
-        self.serial_devices(&mut line, fds);
-        for (disk, &fd) in self.disks.iter().zip(&fds.disks) {
-            block_device(&mut line, disk, fd);
-        }
-        if let Some(network) = &self.network {
-            network_device(&mut line, network, fds.network);
-        }
-        line.0
-    }
-
-    fn serial_devices(&self, line: &mut Line, fds: &Descriptors) {
+        let accelerator = match self.accelerator {
+            Accelerator::Kvm => "kvm".to_owned(),
+            // The cache of translated code grows to 1 GiB where it may.
+            Accelerator::Tcg { .. } => format!(
+                "tcg,thread=multi,tb-size={}",
+                self.translation_cache.bytes() >> 20
+            ),
+        };
+        line.option("-accel", accelerator);
         // The console is a file to QEMU: it may be a pipe as well, and a descriptor set is the one
         // way to name an inherited descriptor there. Without append it would be truncated, which no
         // pipe can be.
         line.option(
             "-add-fd",
-            format!("fd={},set=0,opaque=console", fds.console),
+            format!("fd={},set={CONSOLE_SET},opaque=console", fds.console),
         );
         line.option(
             "-chardev",
-            "file,id=console,path=/dev/fdset/0,append=on".to_owned(),
+            format!("file,id=console,path=/dev/fdset/{CONSOLE_SET},append=on"),
         );
-        line.option("-serial", "chardev:console".to_owned());
-        line.option("-device", "virtio-serial-device,id=serial0".to_owned());
-        line.option("-chardev", format!("socket,id=agent,fd={}", fds.agent));
         line.option(
-            "-device",
-            format!("virtserialport,chardev=agent,name={AGENT_PORT_NAME},nr=1"),
+            "-add-fd",
+            format!("fd={},set={STATE_SET},opaque=state", fds.state),
         );
+        line.option("-chardev", format!("socket,id=agent,fd={}", fds.agent));
+        for (disk, fds) in self.disks.iter().zip(&fds.disks) {
+            block_device(line, disk, fds);
+        }
+        if let Some(network) = &self.network {
+            network_backend(line, network, fds.network);
+        }
+        // Device state is saved without a section about the machine: the device line is checked
+        // instead, and whole.
+        line.option("-global", "migration.send-configuration=off".to_owned());
     }
 
     /// The kernel's command line.
@@ -170,8 +243,8 @@ impl Machine {
         args.join(" ")
     }
 
-    /// Arguments that are the process's own: its window to the owner, its fences, what it boots.
-    pub(super) fn process(&self, fds: &Descriptors, boot: &Boot) -> Vec<String> {
+    /// Arguments that are the process's own: its window to the owner and its fences.
+    pub(super) fn process(fds: &Descriptors) -> Vec<String> {
         let mut line = Line::default();
         line.option("-display", "none".to_owned());
         // A guest that resets ends its VM.
@@ -184,6 +257,12 @@ impl Machine {
         );
         line.option("-chardev", format!("socket,id=control,fd={}", fds.control));
         line.option("-mon", "chardev=control,mode=control".to_owned());
+        line.0
+    }
+
+    /// Arguments that say what is booted.
+    pub(super) fn boot(&self, boot: &Boot) -> Vec<String> {
+        let mut line = Line::default();
         line.option("-kernel", boot.kernel.clone());
         if let Some(initramfs) = &boot.initramfs {
             line.option("-initrd", initramfs.clone());
@@ -193,33 +272,48 @@ impl Machine {
     }
 }
 
-fn block_device(line: &mut Line, disk: &Disk, fd: i32) {
-    let set = fd;
+/// The block nodes of a disk, one over the other. The uppermost has the serial as its name.
+fn block_device(line: &mut Line, disk: &Disk, fds: &[i32]) {
     let serial = &disk.serial;
-    line.option("-add-fd", format!("fd={fd},set={set},opaque={serial}"));
-    // No lock: a read-only image is shared by design and content-addressed, a writable one has no
-    // name by which another could open it.
-    let file = format!("file.driver=file,file.filename=/dev/fdset/{set},file.locking=off");
-    let mode = if disk.read_only {
-        "read-only=on".to_owned()
-    } else {
-        // The disk ends with its VM and so can not outlive a crash of the host: the guest's flushes
-        // need not reach the medium. What the guest discards goes back to the host's file system.
-        "discard=unmap,file.discard=unmap,cache.no-flush=on,file.cache.no-flush=on".to_owned()
-    };
-    line.option(
-        "-blockdev",
-        format!("driver=raw,node-name={serial},{mode},{file}"),
-    );
-    // A full file system of the host stops the VM until there is space, so that nothing is lost;
-    // every other error is the guest's to handle.
-    line.option(
-        "-device",
-        format!("virtio-blk-device,drive={serial},serial={serial},werror=enospc,rerror=report"),
-    );
+    let top = fds.len().saturating_sub(1);
+    for (index, (format, fd)) in disk.layers.iter().zip(fds).enumerate() {
+        line.option("-add-fd", format!("fd={fd},set={fd},opaque={serial}"));
+        // No lock: a read-only file is shared by design, a writable one has no name by which another
+        // could open it.
+        let file = format!("file.driver=file,file.filename=/dev/fdset/{fd},file.locking=off");
+        let name = if index == top {
+            serial.clone()
+        } else {
+            layer_name(serial, index)
+        };
+        let mode = if disk.read_only || index < top {
+            "read-only=on".to_owned()
+        } else {
+            // The disk ends with its VM and so can not outlive a crash of the host: the guest's
+            // flushes need not reach the medium. What the guest discards goes back to the host's
+            // file system.
+            "discard=unmap,file.discard=unmap,cache.no-flush=on,file.cache.no-flush=on".to_owned()
+        };
+        let format = match format {
+            DiskFormat::Raw => "driver=raw".to_owned(),
+            DiskFormat::Qcow2 => format!(
+                "driver=qcow2,backing={}",
+                layer_name(serial, index.saturating_sub(1))
+            ),
+        };
+        line.option(
+            "-blockdev",
+            format!("{format},node-name={name},{mode},{file}"),
+        );
+    }
 }
 
-fn network_device(line: &mut Line, network: &Network, fd: Option<i32>) {
+/// Name of the block node of a frozen layer.
+fn layer_name(serial: &str, index: usize) -> String {
+    format!("{serial}.{index}")
+}
+
+fn network_backend(line: &mut Line, network: &Network, fd: Option<i32>) {
     let netdev = match &network.backend {
         Backend::Stream => format!(
             "stream,id=net0,server=off,addr.type=fd,addr.str={}",
@@ -228,11 +322,6 @@ fn network_device(line: &mut Line, network: &Network, fd: Option<i32>) {
         Backend::User { forwards, ipv6 } => user_network(forwards, *ipv6),
     };
     line.option("-netdev", netdev);
-    let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
-    line.option(
-        "-device",
-        format!("virtio-net-device,netdev=net0,mac={mac}"),
-    );
 }
 
 fn user_network(forwards: &[PortMapping], ipv6: bool) -> String {
@@ -274,12 +363,15 @@ mod tests {
         Machine {
             cpu_count: 2,
             memory: ByteSize::from_mib(256),
+            mapping: MemoryMapping::Shared,
             accelerator: Accelerator::Tcg {
                 tsc_khz: Some(2_250_000),
             },
+            translation_cache: ByteSize::from_mib(256),
             disks: vec![Disk {
                 serial: "fcvm-root".to_owned(),
                 read_only: true,
+                layers: vec![DiskFormat::Raw],
             }],
             network: Some(Network {
                 mac: [0x52, 0x54, 0, 1, 2, 3],
@@ -289,20 +381,56 @@ mod tests {
     }
 
     #[test]
-    fn device_line_does_not_depend_on_descriptor_numbers_or_the_boot() {
+    fn device_line_is_what_the_guest_sees_and_nothing_else() {
         let version = Version {
             major: 7,
             minor: 2,
             micro: 22,
         };
         let line = machine().device_line(version);
-        assert_eq!(line, machine().device_line(version));
         let text = line.arguments.join(" ");
         assert!(text.contains("mac=52:54:00:01:02:03"), "{text}");
-        assert!(!text.contains("-kernel"), "{text}");
-        let mut other = machine();
-        other.disks[0].read_only = false;
-        assert_ne!(line, other.device_line(version));
+        assert!(!text.contains("fd"), "{text}");
+        let clone = Machine {
+            mapping: MemoryMapping::CopyOnWrite,
+            translation_cache: ByteSize::from_mib(32),
+            ..machine()
+        };
+        assert_eq!(line.difference(&clone.device_line(version)), None);
+        let larger = Machine {
+            memory: ByteSize::from_mib(512),
+            ..machine()
+        };
+        let difference = line.difference(&larger.device_line(version)).unwrap();
+        assert!(
+            difference.contains("'536870912B' where this VM has '268435456B'"),
+            "{difference}"
+        );
+        let newer = Version {
+            major: 9,
+            ..version
+        };
+        let difference = line.difference(&machine().device_line(newer)).unwrap();
+        assert!(difference.contains("QEMU 9.2.22"), "{difference}");
+    }
+
+    #[test]
+    fn layers_of_a_disk_lie_one_over_the_other() {
+        let disk = Disk {
+            serial: "data".to_owned(),
+            read_only: false,
+            layers: vec![DiskFormat::Raw, DiskFormat::Qcow2, DiskFormat::Qcow2],
+        };
+        let mut line = Line::default();
+        block_device(&mut line, &disk, &[7, 8, 9]);
+        let nodes: Vec<_> = line
+            .0
+            .iter()
+            .filter(|text| text.contains("node-name"))
+            .collect();
+        assert!(nodes[0].starts_with("driver=raw,node-name=data.0,read-only=on,"));
+        assert!(nodes[1].starts_with("driver=qcow2,backing=data.0,node-name=data.1,read-only=on,"));
+        assert!(nodes[2].starts_with("driver=qcow2,backing=data.1,node-name=data,discard=unmap,"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Starting QEMU, watching it, ending it.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
@@ -15,26 +16,31 @@ use tokio::net::UnixStream;
 
 use super::api::{QmpClient, VmEvent};
 use super::command_line::{Backend, Boot, Descriptors, DeviceLine, Disk, Machine, Network};
+use super::snapshot::StateFile;
 use super::{Qemu, Version};
 use crate::error::HypervisorError;
 use crate::spec::{
-    CPU_COUNT_MAX, DISK_COUNT_MAX, DiskSpec, LaunchSpec, MEMORY_MIN, NetworkBackend, NetworkSpec,
+    CPU_COUNT_MAX, DISK_COUNT_MAX, DiskFormat, DiskLayer, DiskSpec, HardwareSpec, LaunchSpec,
+    MEMORY_MIN, NetworkBackend, NetworkSpec,
 };
 use crate::{Launch, Pause};
 
 /// How long QEMU may take until it answers. It takes 50 ms on an idle host.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take to answer a command.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long after its end its last events are waited for. They are in the socket already.
 const LAST_EVENTS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A running VM. Dropping it kills QEMU and waits for its end.
 #[derive(Debug)]
 pub struct QemuVm {
-    helper: HelperProcess,
-    control: QmpClient,
+    pub(super) helper: HelperProcess,
+    pub(super) control: QmpClient,
     agent: Option<UnixStream>,
+    /// The hypervisor's end of the agent channel, for a successor.
+    pub(super) agent_peer: OwnedFd,
+    pub(super) state: tokio::sync::Mutex<StateFile>,
     device_line: DeviceLine,
 }
 
@@ -77,25 +83,67 @@ impl Launch for Qemu {
     type Vm = QemuVm;
 
     async fn launch(&self, spec: LaunchSpec) -> Result<QemuVm, HypervisorError> {
-        check(&spec)?;
-        let machine = machine(&spec);
+        check_file(&spec.boot.kernel, "the kernel")?;
+        if let Some(path) = &spec.boot.initramfs {
+            check_file(path, "the initramfs")?;
+        }
         let boot = Boot {
-            kernel: text_path(&spec.kernel, "the kernel")?,
-            initramfs: match &spec.initramfs {
+            kernel: text_path(&spec.boot.kernel, "the kernel")?,
+            initramfs: match &spec.boot.initramfs {
                 Some(path) => Some(text_path(path, "the initramfs")?),
                 None => None,
             },
-            extra_args: spec.extra_kernel_args.clone(),
+            extra_args: spec.boot.extra_kernel_args,
         };
+        let vm = self
+            .spawn(spec.hardware, None, |_, machine| Ok(machine.boot(&boot)))
+            .await?;
+        let start = vm.control.execute("cont", Value::Null, START_TIMEOUT);
+        start.await?;
+        // That it runs is no news: the event comes before the answer.
+        vm.control.forget_events().await;
+        Ok(vm)
+    }
+}
+
+impl Qemu {
+    /// Starts the process, its guest stopped. `peer` is the hypervisor's end of an agent channel
+    /// that there is already; `further` gives the rest of the command line.
+    pub(super) async fn spawn(
+        &self,
+        spec: HardwareSpec,
+        peer: Option<OwnedFd>,
+        further: impl FnOnce(&mut HelperCommand, &Machine) -> io::Result<Vec<String>>,
+    ) -> Result<QemuVm, HypervisorError> {
+        check(&spec)?;
+        let machine = machine(&spec);
         let (control, qemu_control) = socket_pair("the control channel")?;
-        let (agent, qemu_agent) = socket_pair("the agent channel")?;
+        let (agent, peer) = match peer {
+            Some(peer) => (None, peer),
+            None => {
+                let (agent, peer) = socket_pair("the agent channel")?;
+                (Some(agent), peer)
+            }
+        };
         let mut command = HelperCommand::new("qemu", self.program());
         command.no_new_privileges();
-        let descriptors = inherit(&mut command, spec, qemu_control, qemu_agent)
-            .map_err(setup_failed("the descriptors"))?;
-        command
-            .args(machine.hardware(&descriptors))
-            .args(machine.process(&descriptors, &boot));
+        let prepared = || -> io::Result<_> {
+            let agent_peer = peer.try_clone()?;
+            let (state, writer) = StateFile::new()?;
+            let own = OwnEnds {
+                control: qemu_control,
+                agent: peer,
+                state: writer,
+            };
+            let descriptors = inherit(&mut command, spec, own)?;
+            let further = further(&mut command, &machine)?;
+            command
+                .args(machine.hardware(&descriptors))
+                .args(Machine::process(&descriptors))
+                .args(further);
+            Ok((agent_peer, state))
+        };
+        let (agent_peer, state) = prepared().map_err(setup_failed("the descriptors"))?;
         tracing::trace!("{command:?}");
         let helper = command.spawn().map_err(|source| HypervisorError::Spawn {
             path: self.program().to_owned(),
@@ -106,14 +154,13 @@ impl Launch for Qemu {
             device_line: machine.device_line(control.version()),
             helper,
             control,
-            agent: Some(agent),
+            agent,
+            agent_peer,
+            state: state.into(),
         })
     }
-}
 
-impl Qemu {
-    /// Starts the guest, once QEMU answers on its control channel; tells why it ended, where it does
-    /// not.
+    /// Waits until QEMU answers on its control channel; tells why it ended, where it does not.
     async fn connect(
         &self,
         helper: &HelperProcess,
@@ -122,9 +169,6 @@ impl Qemu {
         let error = match QmpClient::connect(control, START_TIMEOUT).await {
             Ok(client) => {
                 self.require(client.version())?;
-                client.execute("cont", Value::Null, START_TIMEOUT).await?;
-                // That it runs is no news: the event comes before the answer.
-                client.forget_events().await;
                 return Ok(client);
             }
             Err(error @ HypervisorError::Disconnected { .. }) => error,
@@ -190,6 +234,11 @@ impl QemuVm {
         self.helper.kill();
     }
 
+    /// Waits a moment for an end that has begun, then makes it happen.
+    pub(super) async fn kill_soon(&self) {
+        self.helper.kill_after(LAST_EVENTS_TIMEOUT).await;
+    }
+
     /// Whether the virtual processors run.
     ///
     /// # Errors
@@ -218,7 +267,7 @@ impl Pause for QemuVm {
 }
 
 /// Refuses what QEMU would refuse with a line that does not name the caller's mistake.
-fn check(spec: &LaunchSpec) -> Result<(), HypervisorError> {
+fn check(spec: &HardwareSpec) -> Result<(), HypervisorError> {
     let refuse = |what: String, reason: String| Err(HypervisorError::InvalidSpec { what, reason });
     if spec.cpu_count == 0 || spec.cpu_count > CPU_COUNT_MAX {
         return refuse(
@@ -253,12 +302,17 @@ fn check(spec: &LaunchSpec) -> Result<(), HypervisorError> {
                 "the guest could not tell the disks apart".to_owned(),
             );
         }
+        let is_raw = |layer: &DiskLayer| layer.format == DiskFormat::Raw;
+        if disk.layers.first().is_none_or(|lowest| !is_raw(lowest))
+            || disk.layers.iter().skip(1).any(is_raw)
+        {
+            return refuse(
+                format!("the disk '{}'", disk.serial),
+                "its layers are a raw file and qcow2 files over it".to_owned(),
+            );
+        }
     }
-    check_file(&spec.kernel, "the kernel")?;
-    match &spec.initramfs {
-        Some(path) => check_file(path, "the initramfs"),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// A serial is also a name in QEMU's block layer.
@@ -271,7 +325,7 @@ fn is_serial(text: &str) -> bool {
 }
 
 fn check_file(path: &Path, what: &str) -> Result<(), HypervisorError> {
-    match std::fs::File::open(path) {
+    match File::open(path) {
         Ok(_) => Ok(()),
         Err(error) => Err(HypervisorError::InvalidSpec {
             what: format!("{what} {}", path.display()),
@@ -280,10 +334,11 @@ fn check_file(path: &Path, what: &str) -> Result<(), HypervisorError> {
     }
 }
 
-fn machine(spec: &LaunchSpec) -> Machine {
+fn machine(spec: &HardwareSpec) -> Machine {
     let disk = |disk: &DiskSpec| Disk {
         serial: disk.serial.clone(),
         read_only: disk.read_only,
+        layers: disk.layers.iter().map(|layer| layer.format).collect(),
     };
     let network = |network: &NetworkSpec| Network {
         mac: network.mac,
@@ -298,22 +353,40 @@ fn machine(spec: &LaunchSpec) -> Machine {
     Machine {
         cpu_count: spec.cpu_count,
         memory: spec.memory.size(),
+        mapping: spec.memory.mapping(),
         accelerator: spec.accelerator,
+        translation_cache: spec.translation_cache,
         disks: spec.disks.iter().map(disk).collect(),
         network: spec.network.as_ref().map(network),
     }
 }
 
+/// The hypervisor's ends of its channels to the owner.
+struct OwnEnds {
+    control: OwnedFd,
+    agent: OwnedFd,
+    state: OwnedFd,
+}
+
 /// Hands the specification's descriptors to the command.
 fn inherit(
     command: &mut HelperCommand,
-    spec: LaunchSpec,
-    control: OwnedFd,
-    agent: OwnedFd,
+    spec: HardwareSpec,
+    own: OwnEnds,
 ) -> io::Result<Descriptors> {
     let mut disks = Vec::with_capacity(spec.disks.len());
     for disk in spec.disks {
-        disks.push(command.inherit(disk.file.into())?);
+        let top = disk.layers.len().saturating_sub(1);
+        let mut numbers = Vec::with_capacity(disk.layers.len());
+        for (index, layer) in disk.layers.into_iter().enumerate() {
+            let file = if index < top {
+                reopen_read_only(&layer.file)?
+            } else {
+                layer.file.into()
+            };
+            numbers.push(command.inherit(file)?);
+        }
+        disks.push(numbers);
     }
     let network = match spec.network.map(|network| network.backend) {
         Some(NetworkBackend::Stream(socket)) => Some(command.inherit(socket)?),
@@ -321,12 +394,20 @@ fn inherit(
     };
     Ok(Descriptors {
         memory: command.inherit(spec.memory.into())?,
-        control: command.inherit(control)?,
-        agent: command.inherit(agent)?,
+        control: command.inherit(own.control)?,
+        agent: command.inherit(own.agent)?,
         console: command.inherit(spec.console)?,
+        state: command.inherit(own.state)?,
         disks,
         network,
     })
+}
+
+/// A frozen layer can not be written to through the hypervisor's descriptor, whatever the guest makes
+/// of the hypervisor.
+fn reopen_read_only(file: &File) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(File::open(path)?.into())
 }
 
 /// A path as an argument of QEMU: absolute, since QEMU runs in another directory.

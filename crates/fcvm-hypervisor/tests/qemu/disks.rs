@@ -17,22 +17,14 @@ async fn start(qemu: &Qemu, linux: &Linux, root: &Path, scratch: &File) -> (Qemu
     let (mut spec, console) = support::spec(linux.kernel.clone());
     // Nobody looks at the console; the guest must not care.
     drop(console);
-    spec.memory = fcvm_hypervisor::GuestMemory::new(ByteSize::from_mib(128)).unwrap();
-    spec.initramfs = Some(linux.initramfs.clone());
-    spec.accelerator = Accelerator::Tcg {
+    spec.hardware.memory = fcvm_hypervisor::GuestMemory::new(ByteSize::from_mib(128)).unwrap();
+    spec.boot.initramfs = Some(linux.initramfs.clone());
+    spec.hardware.accelerator = Accelerator::Tcg {
         tsc_khz: measure_tsc_khz(),
     };
-    spec.disks = vec![
-        DiskSpec {
-            file: File::open(root).unwrap(),
-            serial: "fcvm-root".to_owned(),
-            read_only: true,
-        },
-        DiskSpec {
-            file: scratch.try_clone().unwrap(),
-            serial: "fcvm-scratch".to_owned(),
-            read_only: false,
-        },
+    spec.hardware.disks = vec![
+        DiskSpec::raw(File::open(root).unwrap(), "fcvm-root", true),
+        DiskSpec::raw(scratch.try_clone().unwrap(), "fcvm-scratch", false),
     ];
     let mut vm = qemu.launch(spec).await.unwrap();
     let shell = Shell::connect(vm.take_agent().unwrap()).await;

@@ -15,7 +15,7 @@ async fn guest_runs_pauses_resumes_and_is_killed() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = write_kernel(directory.path(), "here I am\n", Ending::Halt);
     let (spec, console) = spec(kernel);
-    let memory = spec.memory.try_clone().unwrap();
+    let memory = spec.hardware.memory.try_clone().unwrap();
     let vm = qemu.launch(spec).await.unwrap();
     let (text, _console) = read_console_until(console, "here I am").await;
     assert!(text.contains("here I am"), "{text}");
@@ -93,11 +93,11 @@ async fn hardware_is_recorded_with_the_version() {
     let mut lines = Vec::new();
     for _ in 0..2 {
         let (mut spec, _console) = spec(kernel.clone());
-        spec.disks.push(DiskSpec {
-            file: std::fs::File::open(&disk_path).unwrap(),
-            serial: "fcvm-root".to_owned(),
-            read_only: true,
-        });
+        spec.hardware.disks.push(DiskSpec::raw(
+            std::fs::File::open(&disk_path).unwrap(),
+            "fcvm-root",
+            true,
+        ));
         let vm = qemu.launch(spec).await.unwrap();
         assert_eq!(vm.version(), qemu.check_version().unwrap());
         lines.push(vm.device_line().clone());
@@ -111,14 +111,14 @@ async fn bad_specifications_are_refused_before_qemu_runs() {
     let directory = tempfile::tempdir().unwrap();
     let kernel = write_kernel(directory.path(), "", Ending::Halt);
     let (mut no_cpu, _console) = spec(kernel.clone());
-    no_cpu.cpu_count = 0;
+    no_cpu.hardware.cpu_count = 0;
     let (no_kernel, _console) = spec(directory.path().join("missing"));
     let (mut bad_serial, _console) = spec(kernel);
-    bad_serial.disks.push(DiskSpec {
-        file: tempfile::tempfile().unwrap(),
-        serial: "a,read-only=off".to_owned(),
-        read_only: true,
-    });
+    bad_serial.hardware.disks.push(DiskSpec::raw(
+        tempfile::tempfile().unwrap(),
+        "a,read-only=off",
+        true,
+    ));
     for (spec, expected) in [
         (no_cpu, "0 processors"),
         (no_kernel, "missing: No such file"),
@@ -180,18 +180,18 @@ async fn user_network_publishes_ports_and_stream_network_is_connected() {
         mac: [0x52, 0x54, 0, 0xfc, 0, 0x0f],
     };
     let (mut taken, _console) = spec(kernel.clone());
-    taken.network = Some(network(port));
+    taken.hardware.network = Some(network(port));
     let error = qemu.launch(taken).await.unwrap_err().to_string();
     assert!(error.contains(&port.to_string()), "{error}");
     drop(listener);
     let (mut free, _console) = spec(kernel.clone());
-    free.network = Some(network(port));
+    free.hardware.network = Some(network(port));
     let _vm = qemu.launch(free).await.unwrap();
     TcpStream::connect(("127.0.0.1", port)).unwrap();
 
     let (backend, other) = UnixStream::pair().unwrap();
     let (mut stream, _console) = spec(kernel);
-    stream.network = Some(NetworkSpec {
+    stream.hardware.network = Some(NetworkSpec {
         backend: NetworkBackend::Stream(other.into()),
         ..network(port)
     });

@@ -90,6 +90,11 @@ impl Shell {
         shell
     }
 
+    /// The shell of a clone, which waits for a line.
+    pub(crate) fn of_clone(agent: UnixStream) -> Self {
+        Self(BufReader::new(agent))
+    }
+
     /// Runs a line of shell and returns what it printed.
     ///
     /// # Panics

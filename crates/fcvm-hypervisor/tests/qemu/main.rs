@@ -6,4 +6,5 @@ mod disks;
 mod elf;
 mod launch;
 mod linux;
+mod snapshot;
 mod support;

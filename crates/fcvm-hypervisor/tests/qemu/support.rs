@@ -5,7 +5,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use fcvm_hypervisor::qemu::Qemu;
-use fcvm_hypervisor::{Accelerator, GuestMemory, LaunchSpec};
+use fcvm_hypervisor::spec::TRANSLATION_CACHE_BOOT;
+use fcvm_hypervisor::{Accelerator, BootSpec, GuestMemory, HardwareSpec, LaunchSpec};
 use fcvm_types::ByteSize;
 
 use crate::elf;
@@ -66,15 +67,20 @@ pub(crate) fn write_kernel(directory: &Path, text: &str, ending: Ending) -> Path
 pub(crate) fn spec(kernel: PathBuf) -> (LaunchSpec, File) {
     let (reader, writer) = std::io::pipe().unwrap();
     let spec = LaunchSpec {
-        cpu_count: 1,
-        memory: GuestMemory::new(ByteSize::from_mib(64)).unwrap(),
-        kernel,
-        initramfs: None,
-        extra_kernel_args: Vec::new(),
-        disks: Vec::new(),
-        network: None,
-        accelerator: Accelerator::Tcg { tsc_khz: None },
-        console: writer.into(),
+        hardware: HardwareSpec {
+            cpu_count: 1,
+            memory: GuestMemory::new(ByteSize::from_mib(64)).unwrap(),
+            disks: Vec::new(),
+            network: None,
+            accelerator: Accelerator::Tcg { tsc_khz: None },
+            translation_cache: TRANSLATION_CACHE_BOOT,
+            console: writer.into(),
+        },
+        boot: BootSpec {
+            kernel,
+            initramfs: None,
+            extra_kernel_args: Vec::new(),
+        },
     };
     (spec, File::from(std::os::fd::OwnedFd::from(reader)))
 }

@@ -5,8 +5,10 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::qemu::{Qemu, QemuVm};
+use fcvm_hypervisor::spec::TRANSLATION_CACHE_BOOT;
 use fcvm_hypervisor::{
-    Accelerator, DiskSpec, GuestMemory, Launch, LaunchSpec, NetworkBackend, NetworkSpec,
+    Accelerator, BootSpec, DiskSpec, GuestMemory, HardwareSpec, Launch, LaunchSpec, NetworkBackend,
+    NetworkSpec,
 };
 use fcvm_network::{Attachment, Backend, HostResolver, HostRoutes, NetworkOptions};
 use fcvm_storage::ScratchStore;
@@ -54,16 +56,21 @@ pub(super) async fn assemble(
     rustix::io::ioctl_fionbio(&console_read, true)?;
     let console = spawn_console(console_read, &entry.paths.console_log())?;
     let launch = LaunchSpec {
-        cpu_count: spec.cpu_count,
-        memory: GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
-            .context("cannot make the guest's memory")?,
-        kernel: spec.kernel.clone(),
-        initramfs: Some(spec.initramfs.clone()),
-        extra_kernel_args: Vec::new(),
-        disks,
-        network: interface,
-        accelerator,
-        console: console_write,
+        hardware: HardwareSpec {
+            cpu_count: spec.cpu_count,
+            memory: GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
+                .context("cannot make the guest's memory")?,
+            disks,
+            network: interface,
+            accelerator,
+            translation_cache: TRANSLATION_CACHE_BOOT,
+            console: console_write,
+        },
+        boot: BootSpec {
+            kernel: spec.kernel.clone(),
+            initramfs: Some(spec.initramfs.clone()),
+            extra_kernel_args: Vec::new(),
+        },
     };
     let machine = qemu(context)?.launch(launch).await?;
     entry.update(|record| {
@@ -114,18 +121,10 @@ async fn connect(
 fn disks(context: &Context, spec: &VmSpec) -> anyhow::Result<Vec<DiskSpec>> {
     let root = File::open(&spec.root_image)
         .with_context(|| format!("cannot open the root image {}", spec.root_image.display()))?;
-    let mut disks = vec![DiskSpec {
-        file: root,
-        serial: ROOT_DISK_SERIAL.to_owned(),
-        read_only: true,
-    }];
+    let mut disks = vec![DiskSpec::raw(root, ROOT_DISK_SERIAL, true)];
     if !spec.read_only {
         let scratch = scratch(context, ByteSize::from_bytes(spec.disk_bytes))?;
-        disks.push(DiskSpec {
-            file: scratch,
-            serial: SCRATCH_DISK_SERIAL.to_owned(),
-            read_only: false,
-        });
+        disks.push(DiskSpec::raw(scratch, SCRATCH_DISK_SERIAL, false));
     }
     Ok(disks)
 }
