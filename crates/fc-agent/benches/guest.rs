@@ -112,7 +112,7 @@ fn boot(tools: &lab::Tools, stages: &mut [Stage]) {
     mark(1);
     vm.greet();
     let mut plan = plan(process(&["echo", "hello"]));
-    plan.network = Some(network());
+    plan.identity.network = Some(network());
     let mut stream = vm.open(&Request::Run {
         plan: Box::new(plan),
     });

@@ -39,6 +39,8 @@ pub(crate) fn harden() {
     // processes of the container must not be able to attach to it in that time.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    // A clone is made a guest of its own by the agent: nothing else should run before.
+    let _ = crate::sys::run_first();
     // Each of the streams takes up to four descriptors.
     let limit = Rlimit {
         current: Some(MAX_DESCRIPTORS),

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use fcvm_types::guest::GuestPlan;
+use fcvm_types::guest::{GuestIdentity, GuestPlan};
 use fcvm_wire::Failure;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -39,10 +39,11 @@ impl Container {
     /// Sets the guest up as planned and starts the first process.
     pub(crate) fn start(plan: &GuestPlan) -> Result<(Self, Spawned), Failure> {
         set_clock(plan.realtime_ns)?;
-        rustix::system::sethostname(plan.hostname.as_bytes()).context("setting the host name")?;
+        let identity = &plan.identity;
+        set_host_name(identity)?;
         disks::mount_container(plan.read_only)?;
-        files::write(plan)?;
-        network::configure(plan.network.as_ref())?;
+        files::write(identity)?;
+        network::configure(identity.network.as_ref())?;
         let cgroup = make_cgroup()?;
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let own_processes = rustix::fs::open("/proc/self/ns/pid", flags, Mode::empty())
@@ -124,6 +125,11 @@ impl Container {
             result => result.context("sending the signal"),
         }
     }
+}
+
+/// Sets the host name of the UTS namespace that the agent is in.
+pub(crate) fn set_host_name(identity: &GuestIdentity) -> Result<(), Failure> {
+    rustix::system::sethostname(identity.hostname.as_bytes()).context("setting the host name")
 }
 
 /// Sets the realtime clock.

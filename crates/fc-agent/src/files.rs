@@ -5,7 +5,7 @@
 use std::fmt::Write;
 use std::fs;
 
-use fcvm_types::guest::GuestPlan;
+use fcvm_types::guest::GuestIdentity;
 use fcvm_wire::Failure;
 
 use crate::failure::Context;
@@ -21,42 +21,42 @@ pub(crate) const FILES: [(&str, &str); 4] = [
     ("machine-id", "/etc/machine-id"),
 ];
 
-/// Writes them. Without network there is no resolv.conf: the image's own is as good.
-pub(crate) fn write(plan: &GuestPlan) -> Result<(), Failure> {
+/// Writes them, in place: the container sees the new content through its mounts. Without network there is no resolv.conf: the image's own is as good.
+pub(crate) fn write(identity: &GuestIdentity) -> Result<(), Failure> {
     let write = |name: &str, text: &str| {
         fs::write(format!("{DIRECTORY}/{name}"), text).context("writing the container's files")
     };
-    write("hosts", &hosts(plan))?;
-    write("hostname", &format!("{}\n", plan.hostname))?;
-    write("machine-id", &format!("{}\n", plan.machine_id))?;
-    match resolv_conf(plan) {
+    write("hosts", &hosts(identity))?;
+    write("hostname", &format!("{}\n", identity.hostname))?;
+    write("machine-id", &format!("{}\n", identity.machine_id))?;
+    match resolv_conf(identity) {
         Some(text) => write("resolv.conf", &text),
         None => Ok(()),
     }
 }
 
-fn hosts(plan: &GuestPlan) -> String {
+fn hosts(identity: &GuestIdentity) -> String {
     let mut text = String::from("127.0.0.1\tlocalhost localhost.localdomain\n");
     text.push_str("::1\tlocalhost localhost.localdomain\n");
-    for (address, names) in &plan.extra_hosts {
+    for (address, names) in &identity.extra_hosts {
         let _ = writeln!(text, "{address}\t{names}");
     }
-    match &plan.network {
+    match &identity.network {
         Some(network) => {
-            let _ = writeln!(text, "{}\t{}", network.address, plan.hostname);
+            let _ = writeln!(text, "{}\t{}", network.address, identity.hostname);
             if let Some(ipv6) = &network.ipv6 {
-                let _ = writeln!(text, "{}\t{}", ipv6.address, plan.hostname);
+                let _ = writeln!(text, "{}\t{}", ipv6.address, identity.hostname);
             }
         }
         None => {
-            let _ = writeln!(text, "127.0.1.1\t{}", plan.hostname);
+            let _ = writeln!(text, "127.0.1.1\t{}", identity.hostname);
         }
     }
     text
 }
 
-fn resolv_conf(plan: &GuestPlan) -> Option<String> {
-    let network = plan.network.as_ref()?;
+fn resolv_conf(identity: &GuestIdentity) -> Option<String> {
+    let network = identity.network.as_ref()?;
     let mut text = String::new();
     if !network.dns_search.is_empty() {
         let _ = writeln!(text, "search {}", network.dns_search.join(" "));
@@ -69,16 +69,14 @@ fn resolv_conf(plan: &GuestPlan) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use fcvm_types::guest::{GuestIpv6, GuestNetwork, ProcessPlan};
+    use fcvm_types::guest::{GuestIpv6, GuestNetwork};
 
     use super::*;
 
-    fn plan() -> GuestPlan {
-        GuestPlan {
+    fn identity() -> GuestIdentity {
+        GuestIdentity {
             hostname: "web".into(),
             machine_id: "0".repeat(32),
-            realtime_ns: 0,
-            read_only: false,
             network: Some(GuestNetwork {
                 address: "10.0.2.15".parse().unwrap(),
                 prefix_length: 24,
@@ -93,22 +91,20 @@ mod tests {
                 mtu: 1500,
             }),
             extra_hosts: vec![("192.0.2.7".parse().unwrap(), "db cache".into())],
-            privileged: false,
-            process: ProcessPlan::default(),
         }
     }
 
     #[test]
     fn hosts_has_loopback_extras_and_the_own_name() {
         assert_eq!(
-            hosts(&plan()),
+            hosts(&identity()),
             "127.0.0.1\tlocalhost localhost.localdomain\n\
              ::1\tlocalhost localhost.localdomain\n\
              192.0.2.7\tdb cache\n10.0.2.15\tweb\nfd00::15\tweb\n"
         );
-        let offline = GuestPlan {
+        let offline = GuestIdentity {
             network: None,
-            ..plan()
+            ..identity()
         };
         assert!(hosts(&offline).ends_with("127.0.1.1\tweb\n"));
     }
@@ -116,12 +112,12 @@ mod tests {
     #[test]
     fn resolv_conf_has_search_and_servers() {
         assert_eq!(
-            resolv_conf(&plan()).unwrap(),
+            resolv_conf(&identity()).unwrap(),
             "search example lan.example\nnameserver 10.0.2.3\nnameserver fd00::3\n"
         );
-        let offline = GuestPlan {
+        let offline = GuestIdentity {
             network: None,
-            ..plan()
+            ..identity()
         };
         assert_eq!(resolv_conf(&offline), None);
     }

@@ -6,7 +6,9 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use fcvm_wire::frame::encode_header;
-use fcvm_wire::{Channel, Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, StreamId};
+use fcvm_wire::{
+    Channel, Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, Mark, MarkScanner, StreamId,
+};
 use rustix::io::Errno;
 
 /// Most bytes of one write: the virtio-serial driver takes no more into one buffer.
@@ -45,10 +47,22 @@ impl std::fmt::Display for LinkError {
     }
 }
 
+/// What came from the host.
+pub(crate) enum Received {
+    /// A frame.
+    Frame(Frame),
+    /// The mark: this guest is a clone, and what follows is a new connection.
+    Renewed,
+    /// Nothing more for now.
+    Nothing,
+}
+
 /// The connection to the host.
 pub(crate) struct Link {
     port: OwnedFd,
     decoder: Decoder,
+    /// Looks for the mark that the owner of a clone sends.
+    mark: Option<(Mark, MarkScanner)>,
     out: Vec<u8>,
     sent: usize,
     readable: bool,
@@ -61,6 +75,7 @@ impl Link {
         Self {
             port,
             decoder: Decoder::from_host(),
+            mark: None,
             out: Vec::new(),
             sent: 0,
             readable: true,
@@ -156,14 +171,29 @@ impl Link {
         Ok(())
     }
 
-    /// The next frame from the host, if there is one now.
-    pub(crate) fn receive(&mut self) -> Result<Option<Frame>, LinkError> {
+    /// From now on this mark begins a new connection.
+    pub(crate) fn expect_mark(&mut self, mark: Mark) {
+        self.mark = Some((mark, MarkScanner::new(mark)));
+    }
+
+    /// Begins anew: nothing of what was under way belongs to this guest. `rest` came after the mark.
+    fn renew(&mut self, mark: Mark, rest: &[u8]) {
+        self.mark = None;
+        self.decoder = Decoder::from_host();
+        self.decoder.push(rest);
+        self.out.clear();
+        self.sent = 0;
+        self.out.extend_from_slice(mark.answer().as_bytes());
+    }
+
+    /// What the host sent next, if there is something now.
+    pub(crate) fn receive(&mut self) -> Result<Received, LinkError> {
         loop {
             if let Some(frame) = self.decoder.next_frame().map_err(LinkError::Frame)? {
-                return Ok(Some(frame));
+                return Ok(Received::Frame(frame));
             }
             if !self.readable || self.waiting_bytes() >= STALLED_BYTES {
-                return Ok(None);
+                return Ok(Received::Nothing);
             }
             let mut buffer = [0_u8; 4096];
             match rustix::io::read(&self.port, &mut buffer) {
@@ -172,7 +202,17 @@ impl Link {
                     self.readable = false;
                     return Err(LinkError::Closed);
                 }
-                Ok(length) => self.decoder.push(&buffer[..length]),
+                Ok(length) => {
+                    let bytes = &buffer[..length];
+                    if let Some((mark, scanner)) = &mut self.mark
+                        && let Some(end) = scanner.scan(bytes)
+                    {
+                        let mark = *mark;
+                        self.renew(mark, &bytes[end..]);
+                        return Ok(Received::Renewed);
+                    }
+                    self.decoder.push(bytes);
+                }
                 Err(Errno::AGAIN) => self.readable = false,
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(LinkError::Io(errno)),

@@ -6,6 +6,7 @@
 //! docs/format/wire.md what it says to the host.
 
 mod boot;
+mod clone;
 mod command;
 mod console;
 mod container;

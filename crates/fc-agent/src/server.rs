@@ -15,15 +15,17 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 use crate::container::{self, Container};
 use crate::failure::{Context, bad_request, guest};
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Received};
 use crate::spawn::{self, Spawned};
 use crate::stream::{Kind, Part, Stream};
-use crate::{console, helper, power, sys};
+use crate::{clone, console, helper, power, sys};
 
 /// Streams that may be open at a time.
 const MAX_STREAMS: usize = 512;
 const LINK_TOKEN: u64 = u64::MAX;
 const CHILDREN_TOKEN: u64 = u64::MAX - 1;
+/// Numbers from here on are not the host's: streams of a clone's source have them.
+const FIRST_ORPHAN: StreamId = 1 << 31;
 /// An epoll token holds the stream's number above these bits, the part below.
 const PART_BITS: u32 = 8;
 
@@ -44,6 +46,7 @@ pub(crate) struct Server {
     /// The container, once it was asked for.
     pub(crate) container: Option<Container>,
     streams: BTreeMap<StreamId, Stream>,
+    last_orphan: StreamId,
     connected: bool,
     greeted: bool,
     session: u64,
@@ -64,6 +67,7 @@ impl Server {
             link,
             container: None,
             streams: BTreeMap::new(),
+            last_orphan: FIRST_ORPHAN,
             connected: false,
             greeted: false,
             session: u64::from_le_bytes(session),
@@ -120,15 +124,32 @@ impl Server {
         self.link.woken();
         let connected = !flags.contains(EventFlags::HUP);
         if connected && !self.connected && !self.greeted {
-            let hello = Hello {
-                protocol: PROTOCOL_VERSION,
-                role: Role::Agent,
-                program: concat!("fc-agent ", env!("CARGO_PKG_VERSION")).to_owned(),
-                session: self.session,
-            };
-            self.link.send(&Frame::message(FrameKind::Hello, 0, &hello));
+            self.say_hello();
         }
         self.connected = connected;
+    }
+
+    fn say_hello(&mut self) {
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+            role: Role::Agent,
+            program: concat!("fc-agent ", env!("CARGO_PKG_VERSION")).to_owned(),
+            session: self.session,
+            mark: None,
+        };
+        self.link.send(&Frame::message(FrameKind::Hello, 0, &hello));
+    }
+
+    /// This guest has woken up as a clone: the streams' host is not there any more.
+    fn renewed(&mut self) -> Result<(), Failure> {
+        self.greeted = false;
+        self.say_hello();
+        for id in self.streams.keys().copied().collect::<Vec<_>>() {
+            self.last_orphan = self.last_orphan.wrapping_add(1) | FIRST_ORPHAN;
+            self.renumber(id, self.last_orphan)?;
+        }
+        self.streams.values_mut().for_each(Stream::orphan);
+        Ok(())
     }
 
     fn stream_event(&mut self, token: u64) {
@@ -181,8 +202,11 @@ impl Server {
             }
         }
         for (id, outcome) in over {
-            self.streams.remove(&id);
-            self.close(id, &outcome);
+            if let Some(stream) = self.streams.remove(&id)
+                && !stream.is_orphaned()
+            {
+                self.close(id, &outcome);
+            }
         }
         self.link
             .flush()
@@ -192,8 +216,11 @@ impl Server {
     fn receive(&mut self) -> Result<(), End> {
         loop {
             match self.link.receive() {
-                Ok(Some(frame)) => self.frame(&frame)?,
-                Ok(None) => return Ok(()),
+                Ok(Received::Frame(frame)) => self.frame(&frame)?,
+                Ok(Received::Renewed) => self
+                    .renewed()
+                    .map_err(|failure| End::Broken(failure.message))?,
+                Ok(Received::Nothing) => return Ok(()),
                 Err(LinkError::Closed) if !self.greeted => return Ok(()),
                 Err(error) => return Err(End::Broken(error.to_string())),
             }
@@ -262,6 +289,9 @@ impl Server {
             )));
         }
         self.greeted = true;
+        if let Some(mark) = hello.mark {
+            self.link.expect_mark(mark);
+        }
         Ok(())
     }
 
@@ -285,7 +315,7 @@ impl Server {
 
     fn open(&mut self, frame: &Frame) -> Result<(), End> {
         let id = frame.stream;
-        if id == 0 || self.streams.contains_key(&id) {
+        if id == 0 || id >= FIRST_ORPHAN || self.streams.contains_key(&id) {
             return Err(End::Broken(format!("the host opened stream {id} again")));
         }
         let request = match frame.parse::<Request>() {
@@ -324,6 +354,10 @@ impl Server {
                 self.container = Some(container);
                 self.add(id, Kind::Container, spawned)?;
             }
+            Request::Adopt { plan } => {
+                clone::adopt(&plan, self.container()?)?;
+                self.adopt_container(id)?;
+            }
             Request::Exec { process } => self.exec(id, &process)?,
             Request::Signal { signal, all } => {
                 self.container()?.signal(signal, all)?;
@@ -360,20 +394,54 @@ impl Server {
 
     fn add(&mut self, id: StreamId, kind: Kind, spawned: Spawned) -> Result<(), Failure> {
         let stream = Stream::new(id, kind, spawned);
+        if let Err(failure) = self.watch_stream(id, &stream) {
+            stream.signal(libc::SIGKILL);
+            return Err(failure);
+        }
+        self.streams.insert(id, stream);
+        Ok(())
+    }
+
+    fn watch_stream(&self, id: StreamId, stream: &Stream) -> Result<(), Failure> {
         for (part, fd) in stream.descriptors() {
             let flags = match part {
                 Part::Stdin => EventFlags::OUT,
                 // The end is what counts; what was written before is read with it.
-                Part::Report if kind != Kind::Helper => EventFlags::empty(),
+                Part::Report if stream.kind != Kind::Helper => EventFlags::empty(),
                 _ => EventFlags::IN,
             };
-            let token = u64::from(id) << PART_BITS | part as u64;
-            if let Err(failure) = self.watch(token, fd, flags) {
-                stream.signal(libc::SIGKILL);
-                return Err(failure);
-            }
+            self.watch(u64::from(id) << PART_BITS | part as u64, fd, flags)?;
         }
-        self.streams.insert(id, stream);
+        Ok(())
+    }
+
+    /// Gives the container's stream to the host that has adopted this clone, under a new number.
+    fn adopt_container(&mut self, id: StreamId) -> Result<(), Failure> {
+        let is_orphan = |stream: &Stream| stream.kind == Kind::Container && stream.is_orphaned();
+        let old = self.streams.iter().find(|(_, stream)| is_orphan(stream));
+        let old = *old
+            .ok_or_else(|| bad_request("there is no container to adopt"))?
+            .0;
+        self.renumber(old, id)?;
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.adopt();
+            let pid = stream.container_pid().unwrap_or(0);
+            self.link
+                .send(&Frame::message(FrameKind::Opened, id, &Opened { pid }));
+        }
+        Ok(())
+    }
+
+    fn renumber(&mut self, old: StreamId, new: StreamId) -> Result<(), Failure> {
+        let Some(mut stream) = self.streams.remove(&old) else {
+            return Ok(());
+        };
+        for (_, fd) in stream.descriptors() {
+            epoll::delete(&self.epoll, fd).context("watching a descriptor")?;
+        }
+        stream.renumber(new);
+        self.watch_stream(new, &stream)?;
+        self.streams.insert(new, stream);
         Ok(())
     }
 

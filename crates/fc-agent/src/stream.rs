@@ -39,6 +39,8 @@ struct Input {
     writable: bool,
     ended: bool,
     terminal: bool,
+    /// So many bytes at the queue's start came from another host than the present one.
+    foreign_bytes: usize,
 }
 
 impl Input {
@@ -50,7 +52,14 @@ impl Input {
             writable: true,
             ended: false,
             terminal,
+            foreign_bytes: 0,
         }
+    }
+
+    /// The host is another one from now on, with a window of its own.
+    fn renew(&mut self) {
+        self.window = ReceiveWindow::default();
+        self.foreign_bytes = self.queue.len();
     }
 
     /// Takes bytes from the host. Those that nobody will read are counted as read.
@@ -99,7 +108,9 @@ impl Input {
                 }
             }
         }
-        match taken {
+        let foreign = taken.min(self.foreign_bytes);
+        self.foreign_bytes -= foreign;
+        match taken - foreign {
             0 => None,
             taken => self.window.taken(taken),
         }
@@ -142,6 +153,31 @@ impl Output {
             } else {
                 rustix::io::ioctl_fionread(fd).unwrap_or(0)
             });
+        }
+    }
+
+    /// Reads what is there and forgets it: nobody listens.
+    fn discard(&mut self) {
+        let mut buffer = [0_u8; 4096];
+        while self.fd.is_some() && (self.readable || self.rest_bytes.is_some()) {
+            let rest = self.rest_bytes.unwrap_or(u64::MAX);
+            let limit = buffer
+                .len()
+                .min(usize::try_from(rest).unwrap_or(usize::MAX));
+            let result = match &self.fd {
+                Some(fd) if limit > 0 => rustix::io::read(fd, &mut buffer[..limit]),
+                _ => Ok(0),
+            };
+            match result {
+                Ok(length @ 1..) => {
+                    if let Some(rest) = &mut self.rest_bytes {
+                        *rest -= length as u64;
+                    }
+                }
+                Err(Errno::AGAIN) if self.rest_bytes.is_none() => self.readable = false,
+                Err(Errno::INTR) => {}
+                Ok(_) | Err(_) => self.fd = None,
+            }
         }
     }
 
@@ -192,6 +228,8 @@ pub(crate) struct Stream {
     report: Option<OwnedFd>,
     reported: Vec<u8>,
     reset: bool,
+    /// In a clone: its host is the source's, which is not there.
+    orphaned: bool,
     terminal: bool,
     input: Input,
     outputs: [Output; 2],
@@ -208,6 +246,7 @@ impl Stream {
             report: Some(spawned.report),
             reported: Vec::new(),
             reset: false,
+            orphaned: false,
             terminal: spawned.terminal,
             input: Input::new(spawned.stdin, spawned.terminal),
             outputs: [
@@ -274,6 +313,40 @@ impl Stream {
         }
     }
 
+    /// This guest is a clone now, and nobody listens to the stream. A helper's work was for the source;
+    /// what runs in the container goes on, and what it says is dropped.
+    pub(crate) fn orphan(&mut self) {
+        if self.kind == Kind::Helper {
+            self.reset();
+        }
+        self.orphaned = true;
+    }
+
+    /// The stream has another number from now on.
+    pub(crate) fn renumber(&mut self, id: StreamId) {
+        self.id = id;
+    }
+
+    /// There is a host again that listens.
+    pub(crate) fn adopt(&mut self) {
+        self.orphaned = false;
+        self.input.renew();
+        for output in &mut self.outputs {
+            output.window = SendWindow::default();
+        }
+    }
+
+    /// Nobody waits for its outcome.
+    pub(crate) fn is_orphaned(&self) -> bool {
+        self.orphaned
+    }
+
+    /// Process id in the container, once the program runs.
+    pub(crate) fn container_pid(&self) -> Option<u32> {
+        let pid = <[u8; 4]>::try_from(self.reported.as_slice()).ok()?;
+        self.report.is_none().then(|| u32::from_le_bytes(pid))
+    }
+
     /// The host has lost interest: ends the process and its group, and drops what they say.
     pub(crate) fn reset(&mut self) {
         self.reset = true;
@@ -316,16 +389,25 @@ impl Stream {
 
     /// Something can be done without a new event.
     pub(crate) fn has_work(&self, congested: bool) -> bool {
+        if self.orphaned {
+            return false;
+        }
         self.input.can_write()
             || (!congested && self.has_started() && self.outputs.iter().any(Output::can_read))
     }
 
     /// Moves bytes both ways, one frame's worth for each output.
     pub(crate) fn pump(&mut self, link: &mut Link) {
+        if self.orphaned {
+            self.pump_orphaned();
+            return;
+        }
         if let Some(credit) = self.input.pump() {
             link.send(&Frame::credit(self.id, Channel::Stdin, credit));
         }
-        self.read_report(link);
+        if self.read_report() {
+            self.started(link);
+        }
         if !self.has_started() {
             return;
         }
@@ -336,8 +418,24 @@ impl Stream {
         }
     }
 
-    /// Reads what the child says before its program runs; its end is the program's start.
-    fn read_report(&mut self, link: &mut Link) {
+    /// Keeps the process going while nobody listens: what was sent to it arrives, what it says is
+    /// dropped. The container's own output waits for the host that will adopt it.
+    fn pump_orphaned(&mut self) {
+        if self.kind == Kind::Container {
+            return;
+        }
+        let _ = self.input.pump();
+        if self.read_report() {
+            self.forget_failed_start();
+        }
+        if self.has_started() {
+            self.outputs.iter_mut().for_each(Output::discard);
+        }
+    }
+
+    /// Reads what the child says before its program runs; its end is the program's start, and is
+    /// told once.
+    fn read_report(&mut self) -> bool {
         let mut buffer = [0_u8; 4096];
         while let Some(report) = &self.report {
             match rustix::io::read(report, &mut buffer) {
@@ -345,28 +443,30 @@ impl Stream {
                     self.reported.extend_from_slice(&buffer[..length]);
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return,
+                Err(Errno::AGAIN) => return false,
                 Ok(_) | Err(_) => {
                     self.report = None;
-                    self.started(link);
+                    return true;
                 }
             }
         }
+        false
     }
 
     fn started(&mut self, link: &mut Link) {
         if self.kind == Kind::Helper {
             return;
         }
-        match self.reported.first_chunk::<4>() {
-            Some(pid) if self.reported.len() == 4 => {
-                let opened = Opened {
-                    pid: u32::from_le_bytes(*pid),
-                };
-                link.send(&Frame::message(FrameKind::Opened, self.id, &opened));
-            }
-            // It failed: nothing that it may have written is the program's.
-            _ => self.drop_descriptors(),
+        if let Some(pid) = self.container_pid() {
+            link.send(&Frame::message(FrameKind::Opened, self.id, &Opened { pid }));
+        }
+        self.forget_failed_start();
+    }
+
+    /// Where the program did not start nothing that was written is the program's.
+    fn forget_failed_start(&mut self) {
+        if self.kind != Kind::Helper && self.container_pid().is_none() {
+            self.drop_descriptors();
         }
     }
 

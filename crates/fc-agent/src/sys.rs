@@ -11,6 +11,9 @@ use rustix::process::Pid;
 /// `clone3(2)`; libc's constant of this name is too narrow.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// Random bytes that a clone gets: twice what the kernel's generator holds.
+pub(crate) const ENTROPY_BYTES: usize = 64;
+
 fn last_error() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
@@ -106,6 +109,44 @@ pub(crate) fn reset_signals() {
         libc::sigemptyset(&raw mut set);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const set, ptr::null_mut());
     }
+}
+
+/// Adds random bytes to the kernel's pool, credits them, and makes the kernel use them at once
+/// (random(4)).
+pub(crate) fn reseed(random: BorrowedFd<'_>, entropy: &[u8; ENTROPY_BYTES]) -> Result<(), Errno> {
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_bits: libc::c_int,
+        buffer_bytes: libc::c_int,
+        buffer: [u8; ENTROPY_BYTES],
+    }
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203_u32 as libc::Ioctl;
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    let info = PoolInfo {
+        entropy_bits: 8 * ENTROPY_BYTES as libc::c_int,
+        buffer_bytes: ENTROPY_BYTES as libc::c_int,
+        buffer: *entropy,
+    };
+    // SAFETY: RNDADDENTROPY reads a rand_pool_info, which PoolInfo is, with as many bytes as it
+    // says it has; RNDRESEEDCRNG takes no argument.
+    let done = unsafe {
+        libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const info) == 0
+            && libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) == 0
+    };
+    if done { Ok(()) } else { Err(last_error()) }
+}
+
+/// Lets the agent run before every process of the container, from the instant in which it has
+/// something to do. Its children do not inherit that, sched_setscheduler(2).
+pub(crate) fn run_first() -> Result<(), Errno> {
+    // SAFETY: the parameter is a plain record that outlives the call; 0 is this thread.
+    let set = unsafe {
+        let mut parameter: libc::sched_param = std::mem::zeroed();
+        parameter.sched_priority = 1;
+        let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+        libc::sched_setscheduler(0, policy, &raw const parameter)
+    };
+    if set == 0 { Ok(()) } else { Err(last_error()) }
 }
 
 /// Sends a signal of any number (1..=64) to a process, to a group (negative), or to all (-1).

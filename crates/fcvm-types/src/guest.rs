@@ -16,23 +16,42 @@ pub const AGENT_PORT_NAME: &str = "fcvm.agent.0";
 /// Everything the agent needs between boot and the container's first instruction.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestPlan {
-    /// Host name of the guest and of the container.
-    pub hostname: String,
-    /// Content of `/etc/machine-id`: 32 hexadecimal characters.
-    pub machine_id: String,
+    /// Who the guest is.
+    pub identity: GuestIdentity,
     /// Host's realtime clock when the plan was sent, nanoseconds since 1970.
     pub realtime_ns: u64,
     /// No writable layer: the container sees the root image read-only (`--read-only`), with a
     /// tmpfs on /run, /tmp and /var/tmp as Podman gives it.
     pub read_only: bool,
-    /// Address configuration; the guest has only its loopback where absent.
-    pub network: Option<GuestNetwork>,
-    /// Lines added to the container's /etc/hosts: address, then names.
-    pub extra_hosts: Vec<(IpAddr, String)>,
     /// No capability is dropped and no path of /proc and /sys is masked.
     pub privileged: bool,
     /// The container's first process.
     pub process: ProcessPlan,
+}
+
+/// What tells one guest from another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestIdentity {
+    /// Host name of the guest and of the container.
+    pub hostname: String,
+    /// Content of `/etc/machine-id`: 32 hexadecimal characters.
+    pub machine_id: String,
+    /// Address configuration; the guest has only its loopback where absent.
+    pub network: Option<GuestNetwork>,
+    /// Lines added to the container's /etc/hosts: address, then names.
+    pub extra_hosts: Vec<(IpAddr, String)>,
+}
+
+/// What makes a clone, which wakes up as a copy of another guest, a guest of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClonePlan {
+    /// Who it is from now on.
+    pub identity: GuestIdentity,
+    /// Host's realtime clock when the plan was sent, nanoseconds since 1970.
+    pub realtime_ns: u64,
+    /// Random bytes of the host, fresh for each clone, hexadecimal: without them all clones would
+    /// return the same random numbers.
+    pub entropy: String,
 }
 
 /// Address configuration of the guest's one network interface.

@@ -1,12 +1,14 @@
 //! The messages that frames carry, as JSON.
 
 use fcvm_types::guest::{
-    ExitStatus, GuestPlan, GuestProcess, GuestStats, ProcessPlan, TerminalSize,
+    ClonePlan, ExitStatus, GuestPlan, GuestProcess, GuestStats, ProcessPlan, TerminalSize,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::mark::Mark;
+
 /// Version of the protocol. Both sides must speak the same one: the agent is built with the host.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Who says hello.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +33,9 @@ pub struct Hello {
     pub program: String,
     /// Identifies one start of the sender; the two sides tell a resumed peer from a new one by it.
     pub session: u64,
+    /// The owner tells the agent by which mark the owner of a clone will announce itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<Mark>,
 }
 
 /// What a stream is opened for.
@@ -41,6 +46,12 @@ pub enum Request {
     Run {
         /// What to set up and to run.
         plan: Box<GuestPlan>,
+    },
+    /// Makes a clone a guest of its own, and its container's stream the one that this opens. The
+    /// first request after a [`Mark`].
+    Adopt {
+        /// Who it is now.
+        plan: Box<ClonePlan>,
     },
     /// Runs another process in the container.
     Exec {

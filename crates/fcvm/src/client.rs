@@ -11,7 +11,7 @@ use fcvm_wire::{
 use tokio::sync::mpsc;
 
 use crate::attach::{LocalEvent, LocalIo, terminal_size};
-use crate::connection::{FrameReader, hello, spawn_writer};
+use crate::connection::{FrameReader, Gate, hello, spawn_writer};
 use crate::errors::guest_failure;
 use crate::owner::OwnerRequest;
 use crate::signals::{Arrived, Forwarded};
@@ -47,8 +47,8 @@ impl Client {
             )
         })?;
         let mut reader = FrameReader::new(read, Decoder::from_guest());
-        let outgoing = spawn_writer(write);
-        outgoing.send(hello(Role::Command)?).await?;
+        let outgoing = spawn_writer(Gate::default(), write);
+        outgoing.send(hello(Role::Command, None)?).await?;
         reader.hello(Role::Owner).await?;
         Ok(Self {
             reader,

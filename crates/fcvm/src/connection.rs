@@ -1,32 +1,47 @@
 //! Frames over a Unix socket: reading, and writing from a queue so that a slow peer holds up only
 //! those who wait for it.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use anyhow::{Context as _, bail};
 use fcvm_wire::frame::Frame;
-use fcvm_wire::{Decoder, FrameKind, Hello, PROTOCOL_VERSION, Role};
-use tokio::io::AsyncWriteExt;
+use fcvm_wire::{Decoder, FrameKind, Hello, Mark, MarkScanner, PROTOCOL_VERSION, Role};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 /// Frames that may wait for the peer's socket.
 const QUEUED_FRAMES: usize = 32;
 /// Bytes read or written at once.
 const BATCH_BYTES: usize = 256 * 1024;
 
+/// Bytes read at once while a mark is looked for.
+const SKIP_BYTES: usize = 16 * 1024;
+/// Most bytes of its source's that a clone may send before it has seen the mark: far more than its
+/// agent and the virtual hardware hold.
+const SKIPPED_BYTES_MAX: usize = 16 << 20;
+
 /// Reads frames.
 pub(crate) struct FrameReader {
     socket: OwnedReadHalf,
     decoder: Decoder,
     buffer: Vec<u8>,
+    gate: Gate,
 }
 
 impl FrameReader {
     /// Reads what a peer sends that is decoded by `decoder`.
     pub(crate) fn new(socket: OwnedReadHalf, decoder: Decoder) -> Self {
+        Self::behind(Gate::default(), socket, decoder)
+    }
+
+    /// The same behind a gate.
+    pub(crate) fn behind(gate: Gate, socket: OwnedReadHalf, decoder: Decoder) -> Self {
         Self {
             socket,
             decoder,
             buffer: Vec::new(),
+            gate,
         }
     }
 
@@ -38,6 +53,7 @@ impl FrameReader {
             }
             // The buffer lives only while there is something to read: an idle owner stays small.
             self.socket.readable().await?;
+            self.gate.passed().await;
             self.buffer.reserve_exact(BATCH_BYTES);
             match self.socket.try_read_buf(&mut self.buffer) {
                 Ok(0) if self.decoder.pending_bytes() > 0 => {
@@ -57,6 +73,29 @@ impl FrameReader {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Passes over what comes before a mark.
+    pub(crate) async fn skip_to(&mut self, mark: Mark) -> anyhow::Result<()> {
+        let mut scanner = MarkScanner::new(mark);
+        let mut passed_over = 0;
+        let mut buffer = vec![0; SKIP_BYTES];
+        while passed_over < SKIPPED_BYTES_MAX {
+            self.socket.readable().await?;
+            match self.socket.try_read(&mut buffer) {
+                Ok(0) => bail!("the connection ended before the guest had woken up"),
+                Ok(length) => {
+                    if let Some(end) = scanner.scan(&buffer[..length]) {
+                        self.decoder.push(&buffer[end..length]);
+                        return Ok(());
+                    }
+                    passed_over += length;
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        bail!("the guest sent {passed_over} bytes and not the mark of a new connection")
     }
 
     /// Reads the peer's hello and checks that both speak the same protocol.
@@ -84,20 +123,21 @@ impl FrameReader {
     }
 }
 
-/// The hello of this program.
-pub(crate) fn hello(role: Role) -> anyhow::Result<Frame> {
+/// The hello of this program; an owner tells the agent the mark of a later connection.
+pub(crate) fn hello(role: Role, mark: Option<Mark>) -> anyhow::Result<Frame> {
     let hello = Hello {
         protocol: PROTOCOL_VERSION,
         role,
         program: concat!("fcvm ", env!("CARGO_PKG_VERSION")).to_owned(),
         session: u64::from_le_bytes(crate::state::random()?),
+        mark,
     };
     Ok(Frame::message(FrameKind::Hello, 0, &hello))
 }
 
 /// Starts the task that writes frames; the queue's senders feed it, and it ends with the last one
 /// or with the peer.
-pub(crate) fn spawn_writer(mut socket: OwnedWriteHalf) -> mpsc::Sender<Frame> {
+pub(crate) fn spawn_writer(gate: Gate, socket: OwnedWriteHalf) -> mpsc::Sender<Frame> {
     let (sender, mut queue) = mpsc::channel::<Frame>(QUEUED_FRAMES);
     tokio::task::spawn_local(async move {
         while let Some(frame) = queue.recv().await {
@@ -107,13 +147,62 @@ pub(crate) fn spawn_writer(mut socket: OwnedWriteHalf) -> mpsc::Sender<Frame> {
                 let Ok(frame) = queue.try_recv() else { break };
                 frame.encode(&mut bytes);
             }
-            if let Err(error) = socket.write_all(&bytes).await {
+            if let Err(error) = write_all(&gate, &socket, &bytes).await {
                 tracing::debug!("a connection ended while it was written to: {error}");
                 return;
             }
         }
     });
     sender
+}
+
+async fn write_all(gate: &Gate, socket: &OwnedWriteHalf, mut bytes: &[u8]) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        socket.writable().await?;
+        gate.passed().await;
+        match socket.try_write(bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Holds up a connection's reads and writes. Everything of it is on one thread, so that what has
+/// passed the gate has been done before the gate can close.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Gate(Rc<GateState>);
+
+#[derive(Debug, Default)]
+struct GateState {
+    closed: Cell<bool>,
+    opened: Notify,
+}
+
+impl Gate {
+    async fn passed(&self) {
+        while self.0.closed.get() {
+            self.0.opened.notified().await;
+        }
+    }
+
+    /// Closes the gate until the guard is dropped.
+    pub(crate) fn close(&self) -> Held {
+        self.0.closed.set(true);
+        Held(self.clone())
+    }
+}
+
+/// A closed gate.
+#[derive(Debug)]
+pub(crate) struct Held(Gate);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.0.closed.set(false);
+        self.0.0.opened.notify_waiters();
+    }
 }
 
 /// Connects to a socket and splits it.

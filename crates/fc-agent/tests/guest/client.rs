@@ -8,10 +8,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use fcvm_types::guest::{ExitStatus, GuestPlan, ProcessPlan};
+use fcvm_types::guest::{ClonePlan, ExitStatus, GuestIdentity, GuestPlan, ProcessPlan};
 use fcvm_wire::{
-    Channel, Control, Decoder, Failure, Frame, FrameKind, Hello, MAX_DATA_BYTES, Opened, Outcome,
-    PROTOCOL_VERSION, ReceiveWindow, Request, Role, SendWindow,
+    Channel, Control, Decoder, Failure, Frame, FrameKind, Hello, MAX_DATA_BYTES, Mark, MarkScanner,
+    Opened, Outcome, PROTOCOL_VERSION, ReceiveWindow, Request, Role, SendWindow,
 };
 
 use crate::lab::{Guest, Tools};
@@ -19,6 +19,8 @@ use crate::lab::{Guest, Tools};
 /// Longer than anything takes on a loaded machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// While there is one, what arrives before its mark is passed over.
+type Scanner = Arc<Mutex<Option<MarkScanner>>>;
 type Routes = Arc<Mutex<HashMap<u32, Sender<Frame>>>>;
 
 /// A booted guest and the connection to its agent.
@@ -27,6 +29,7 @@ pub(crate) struct Vm {
     pub guest: Guest,
     /// What the agent said first.
     pub(crate) hello: Hello,
+    scanner: Scanner,
     socket: Arc<Mutex<UnixStream>>,
     routes: Routes,
     next: u32,
@@ -46,7 +49,9 @@ impl Vm {
         routes.lock().unwrap().insert(0, sender);
         let reader = socket.try_clone().unwrap();
         let sorted = routes.clone();
-        std::thread::spawn(move || sort_frames(reader, &sorted));
+        let scanner = Scanner::default();
+        let waited_for = scanner.clone();
+        std::thread::spawn(move || sort_frames(reader, &sorted, &waited_for));
         let mut vm = Self {
             guest,
             hello: Hello {
@@ -54,7 +59,9 @@ impl Vm {
                 role: Role::Owner,
                 program: String::new(),
                 session: 0,
+                mark: None,
             },
+            scanner,
             socket: Arc::new(Mutex::new(socket)),
             routes,
             next: 1,
@@ -69,13 +76,39 @@ impl Vm {
 
     /// Answers the greeting.
     pub(crate) fn greet(&self) {
+        self.greet_with(Mark::from_random([1; 16]));
+    }
+
+    /// Answers the greeting with a mark of a later connection.
+    pub(crate) fn greet_with(&self, mark: Mark) {
         let hello = Hello {
             protocol: PROTOCOL_VERSION,
             role: Role::Owner,
             program: "test".into(),
             session: 1,
+            mark: Some(mark),
         };
         self.send(&Frame::message(FrameKind::Hello, 0, &hello));
+    }
+
+    /// Does as the owner of a clone does: begins a new connection by the mark of the old one, in the
+    /// middle of whatever is under way, and adopts the container.
+    pub(crate) fn adopt(&mut self, mark: Mark, new: Mark, plan: ClonePlan) -> Stream {
+        let (sender, greeting) = channel();
+        {
+            let mut routes = self.routes.lock().unwrap();
+            routes.clear();
+            routes.insert(0, sender);
+        }
+        *self.scanner.lock().unwrap() = Some(MarkScanner::new(mark.answer()));
+        self.send_bytes(mark.as_bytes());
+        self.greet_with(new);
+        self.next = 1;
+        let plan = Box::new(plan);
+        let stream = self.open(&Request::Adopt { plan });
+        let hello: Hello = greeting.recv_timeout(LIMIT).unwrap().parse().unwrap();
+        assert_eq!(hello.session, self.hello.session);
+        stream
     }
 
     /// Boots, greets, and runs a container.
@@ -159,11 +192,23 @@ impl Vm {
     }
 }
 
-fn sort_frames(mut socket: UnixStream, routes: &Routes) {
+fn sort_frames(mut socket: UnixStream, routes: &Routes, scanner: &Scanner) {
     let mut decoder = Decoder::from_guest();
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = socket.read(&mut buffer) {
-        decoder.push(&buffer[..length]);
+        let mut bytes = &buffer[..length];
+        {
+            let mut scanner = scanner.lock().unwrap();
+            if let Some(mark) = &mut *scanner {
+                let Some(end) = mark.scan(bytes) else {
+                    continue;
+                };
+                *scanner = None;
+                decoder = Decoder::from_guest();
+                bytes = &bytes[end..];
+            }
+        }
+        decoder.push(bytes);
         while let Some(frame) = decoder.next_frame().expect("the agent sends frames") {
             if let Some(route) = routes.lock().unwrap().get(&frame.stream) {
                 let _ = route.send(frame);
@@ -378,15 +423,22 @@ pub(crate) fn shell(script: &str) -> ProcessPlan {
     process(&["sh", "-c", script])
 }
 
+/// An offline guest of this name.
+pub(crate) fn identity(hostname: &str) -> GuestIdentity {
+    GuestIdentity {
+        hostname: hostname.into(),
+        machine_id: "0123456789abcdef0123456789abcdef".into(),
+        network: None,
+        extra_hosts: Vec::new(),
+    }
+}
+
 /// A plan around a process.
 pub(crate) fn plan(process: ProcessPlan) -> GuestPlan {
     GuestPlan {
-        hostname: "lab".into(),
-        machine_id: "0123456789abcdef0123456789abcdef".into(),
+        identity: identity("lab"),
         realtime_ns: 1_800_000_000_000_000_000,
         read_only: false,
-        network: None,
-        extra_hosts: Vec::new(),
         privileged: false,
         process,
     }

@@ -3,6 +3,7 @@
 //! FCVM_TEST_KERNEL_DIR names a directory with `vmlinux`, `modules/list` and `modules/*.ko`.
 
 mod client;
+mod clone;
 mod files;
 mod hostile;
 mod lab;
@@ -51,7 +52,7 @@ fn sleeping_with(tools: &lab::Tools, change: impl FnOnce(&mut GuestPlan)) -> Vm 
 fn the_container_has_its_own_view_of_the_guest() {
     let Some(tools) = lab::tools() else { return };
     let mut vm = sleeping_with(tools, |plan| {
-        plan.extra_hosts = vec![("192.0.2.9".parse().unwrap(), "db".into())];
+        plan.identity.extra_hosts = vec![("192.0.2.9".parse().unwrap(), "db".into())];
     });
     assert_eq!(vm.shell("hostname; cat /etc/hostname").ok(), "lab\nlab\n");
     assert_eq!(
@@ -242,7 +243,7 @@ fn a_privileged_container_is_not_held_back() {
 fn the_network_is_as_planned() {
     let Some(tools) = lab::tools() else { return };
     let mut vm = sleeping_with(tools, |plan| {
-        plan.network = Some(fcvm_types::guest::GuestNetwork {
+        plan.identity.network = Some(fcvm_types::guest::GuestNetwork {
             address: "10.0.2.15".parse().unwrap(),
             prefix_length: 24,
             gateway: "10.0.2.2".parse().unwrap(),

@@ -5,15 +5,18 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use anyhow::{Context as _, bail};
+use fcvm_types::guest::ClonePlan;
 use fcvm_wire::frame::{Frame, MAX_DATA_BYTES};
-use fcvm_wire::{Decoder, FrameKind, INITIAL_WINDOW_BYTES, Outcome, Request, Role, StreamId};
+use fcvm_wire::{Decoder, FrameKind, INITIAL_WINDOW_BYTES, Mark, Outcome, Request, Role, StreamId};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
 
-use crate::connection::{FrameReader, hello, spawn_writer};
+use crate::connection::{FrameReader, Gate, Held, hello, spawn_writer};
 
 /// Streams that may be open at once.
 const MAX_STREAMS: usize = 512;
@@ -21,16 +24,45 @@ const MAX_STREAMS: usize = 512;
 /// alternates channels byte by byte comes near.
 const MAX_QUEUED_FRAMES: usize = 65_536;
 
+/// Number of the stream by which a clone's container is adopted.
+const ADOPTION_STREAM: StreamId = 1;
+
 /// The connection to the agent. Clones share it.
 #[derive(Clone)]
 pub(crate) struct AgentLink(Rc<Inner>);
 
 struct Inner {
     outgoing: mpsc::Sender<Frame>,
+    gate: Gate,
+    /// A second descriptor of the socket.
+    socket: OwnedFd,
+    mark: Mark,
     streams: RefCell<HashMap<StreamId, Rc<Queue>>>,
     last_stream: Cell<StreamId>,
     /// Why the connection ended, once it has.
     ended: RefCell<Option<String>>,
+}
+
+/// A link in the making, but for its reader.
+struct Parts {
+    outgoing: mpsc::Sender<Frame>,
+    gate: Gate,
+    socket: OwnedFd,
+}
+
+impl Parts {
+    fn new(socket: UnixStream) -> anyhow::Result<(FrameReader, Self)> {
+        let gate = Gate::default();
+        let copy = socket.as_fd().try_clone_to_owned()?;
+        let (read, write) = socket.into_split();
+        let reader = FrameReader::behind(gate.clone(), read, Decoder::from_guest());
+        let parts = Self {
+            outgoing: spawn_writer(gate.clone(), write),
+            gate,
+            socket: copy,
+        };
+        Ok((reader, parts))
+    }
 }
 
 #[derive(Default)]
@@ -83,22 +115,72 @@ impl Queue {
 impl AgentLink {
     /// Waits for the agent's hello and starts the reader and the writer.
     pub(crate) async fn establish(socket: UnixStream) -> anyhow::Result<Self> {
-        let (read, write) = socket.into_split();
-        let mut reader = FrameReader::new(read, Decoder::from_guest());
+        let (mut reader, parts) = Parts::new(socket)?;
         reader.hello(Role::Agent).await?;
-        let outgoing = spawn_writer(write);
-        outgoing
-            .send(hello(Role::Owner)?)
+        let mark = Mark::from_random(crate::state::random()?);
+        parts
+            .outgoing
+            .send(hello(Role::Owner, Some(mark))?)
             .await
             .context("the agent's channel closed")?;
+        Ok(Self::start(reader, parts, mark))
+    }
+
+    /// Begins anew with the agent of a clone, which knows `old` as the mark, and adopts its container.
+    /// The bytes are on their way when this returns, and the agent reads them as soon as the clone
+    /// runs; [`Adopting::finish`] waits for the answer.
+    pub(crate) async fn adopt(
+        mut socket: UnixStream,
+        old: Mark,
+        plan: ClonePlan,
+    ) -> anyhow::Result<Adopting> {
+        let mark = Mark::from_random(crate::state::random()?);
+        let plan = Box::new(plan);
+        let mut bytes = old.as_bytes().to_vec();
+        hello(Role::Owner, Some(mark))?.encode(&mut bytes);
+        Frame::message(FrameKind::Open, ADOPTION_STREAM, &Request::Adopt { plan })
+            .encode(&mut bytes);
+        socket
+            .write_all(&bytes)
+            .await
+            .context("the agent's channel closed")?;
+        Ok(Adopting { socket, old, mark })
+    }
+
+    fn start(reader: FrameReader, parts: Parts, mark: Mark) -> Self {
         let link = Self(Rc::new(Inner {
-            outgoing,
+            outgoing: parts.outgoing,
+            gate: parts.gate,
+            socket: parts.socket,
+            mark,
             streams: RefCell::default(),
             last_stream: Cell::new(0),
             ended: RefCell::default(),
         }));
         tokio::task::spawn_local(link.clone().read(reader));
-        Ok(link)
+        link
+    }
+
+    /// The mark by which the owner of a clone begins anew.
+    pub(crate) fn mark(&self) -> Mark {
+        self.0.mark
+    }
+
+    /// Nothing is written to the channel and nothing read from it while the guard is there.
+    pub(crate) fn hold(&self) -> Held {
+        self.0.gate.close()
+    }
+
+    /// Writes bytes again that were taken out of the channel before the guest had them. The channel
+    /// must be held: they come before all that waits.
+    pub(crate) fn give_back(&self, mut bytes: &[u8]) -> anyhow::Result<()> {
+        while !bytes.is_empty() {
+            // They were in the socket's buffer before, so there is room for them.
+            let written = rustix::io::write(&self.0.socket, bytes)
+                .context("the agent's channel does not take back what it held")?;
+            bytes = &bytes[written..];
+        }
+        Ok(())
     }
 
     async fn read(self, mut reader: FrameReader) {
@@ -196,6 +278,38 @@ impl AgentLink {
             Some(reason) => bail!("{reason}"),
             None => Ok(()),
         }
+    }
+}
+
+/// A clone whose agent has been sent its plan.
+pub(crate) struct Adopting {
+    socket: UnixStream,
+    old: Mark,
+    mark: Mark,
+}
+
+impl Adopting {
+    /// Waits for the agent's answer; gives the link and the container's stream.
+    pub(crate) async fn finish(self) -> anyhow::Result<(AgentLink, AgentStream)> {
+        let (mut reader, parts) = Parts::new(self.socket)?;
+        reader.skip_to(self.old.answer()).await?;
+        reader.hello(Role::Agent).await?;
+        let queue = Rc::<Queue>::default();
+        let link = AgentLink::start(reader, parts, self.mark);
+        // No frame is read before the task that was just started runs.
+        let inner = &link.0;
+        inner.last_stream.set(ADOPTION_STREAM);
+        inner
+            .streams
+            .borrow_mut()
+            .insert(ADOPTION_STREAM, queue.clone());
+        let stream = AgentStream {
+            id: ADOPTION_STREAM,
+            link: link.clone(),
+            queue,
+            closed: Cell::new(false),
+        };
+        Ok((link, stream))
     }
 }
 

@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
-use fcvm_types::guest::GuestPlan;
+use fcvm_types::guest::{GuestIdentity, GuestPlan};
 use fcvm_types::record::{Health, ProcessIdentity, RECORD_VERSION, Resource, VmRecord, VmState};
 use fcvm_wire::{FrameKind, Opened, Outcome, Request};
 use time::OffsetDateTime;
@@ -247,12 +247,14 @@ async fn build(
     let link = first_word(&machine, socket, spec.boot_timeout, &console_log).await?;
     watch.lap("boot");
     let plan = GuestPlan {
-        hostname: spec.hostname.clone(),
-        machine_id: spec.id.to_string(),
+        identity: GuestIdentity {
+            hostname: spec.hostname.clone(),
+            machine_id: spec.id.to_string(),
+            network: guest_network,
+            extra_hosts: spec.extra_hosts.clone(),
+        },
         realtime_ns: realtime_ns(),
         read_only: spec.read_only,
-        network: guest_network,
-        extra_hosts: spec.extra_hosts.clone(),
         privileged: spec.privileged,
         process: spec.process.clone(),
     };
