@@ -1,0 +1,247 @@
+//! The memory of a guest as it is mapped in its hypervisor's process.
+//!
+//! Reading and writing go through /proc/PID/mem, which is allowed to the parent of the process.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{major, minor};
+
+use crate::error::MemoryError;
+use crate::page_file::PageFile;
+use crate::pagemap::{AddressRange, private_pages};
+use crate::{PAGE_BYTES, PageRun};
+
+/// Bytes written at a time.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Parts into which the kernel may have divided the mapping, more than any hypervisor causes.
+const PARTS_MAX: usize = 4096;
+
+/// Where a process has a file mapped.
+#[derive(Debug)]
+pub struct GuestMapping {
+    pid: i32,
+    parts: Vec<Part>,
+    memory: File,
+    pagemap: File,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    range: AddressRange,
+    /// Offset in the file of the first byte.
+    offset: u64,
+}
+
+/// Pages that were read out of a process.
+#[derive(Debug, Default)]
+pub struct CapturedPages {
+    /// Which ones, in order.
+    pub runs: Vec<PageRun>,
+    /// Their bytes, one run after the other.
+    pub bytes: Vec<u8>,
+}
+
+impl GuestMapping {
+    /// Finds where the process has `file` mapped.
+    ///
+    /// # Errors
+    ///
+    /// It does not, or the process is not this one's child.
+    pub fn find(pid: i32, file: impl AsFd) -> Result<Self, MemoryError> {
+        let failed = |action| {
+            move |source| MemoryError::Process {
+                action,
+                pid,
+                source,
+            }
+        };
+        let stat = rustix::fs::fstat(&file).map_err(|errno| failed("find")(errno.into()))?;
+        let device = format!("{:02x}:{:02x}", major(stat.st_dev), minor(stat.st_dev));
+        let inode = stat.st_ino.to_string();
+        let maps = File::open(format!("/proc/{pid}/maps")).map_err(failed("find"))?;
+        let mut parts = Vec::new();
+        for line in BufReader::new(maps).lines() {
+            let line = line.map_err(failed("find"))?;
+            parts.extend(parse(&line, &device, &inode));
+            if parts.len() > PARTS_MAX {
+                break;
+            }
+        }
+        parts.sort_by_key(|part| part.offset);
+        if parts.is_empty() || parts.len() > PARTS_MAX {
+            let reason = std::io::Error::other(format!("it is mapped in {} parts", parts.len()));
+            return Err(failed("find")(reason));
+        }
+        let open = |name: &str, write| {
+            File::options()
+                .read(true)
+                .write(write)
+                .open(format!("/proc/{pid}/{name}"))
+        };
+        Ok(Self {
+            pid,
+            parts,
+            memory: open("mem", true).map_err(failed("open"))?,
+            pagemap: open("pagemap", false).map_err(failed("open"))?,
+        })
+    }
+
+    fn failed(&self, action: &'static str) -> impl Fn(std::io::Error) -> MemoryError {
+        let pid = self.pid;
+        move |source| MemoryError::Process {
+            action,
+            pid,
+            source,
+        }
+    }
+
+    /// The pages that the process has written since it mapped the file copy-on-write.
+    ///
+    /// # Errors
+    ///
+    /// The process has ended.
+    pub fn private_runs(&self) -> Result<Vec<PageRun>, MemoryError> {
+        let mut runs = Vec::new();
+        for part in &self.parts {
+            let found = private_pages(&self.pagemap, part.range).map_err(self.failed("scan"))?;
+            runs.extend(found.iter().map(|range| PageRun {
+                first: (range.start - part.range.start + part.offset) / PAGE_BYTES,
+                count: (range.end - range.start) / PAGE_BYTES,
+            }));
+        }
+        Ok(runs)
+    }
+
+    /// Reads the private pages. The process must not write meanwhile; `pages` is reused so that a
+    /// caller in a hurry can make room before.
+    ///
+    /// # Errors
+    ///
+    /// The process has ended.
+    pub fn capture(&self, pages: &mut CapturedPages) -> Result<(), MemoryError> {
+        pages.runs = self.private_runs()?;
+        let total: u64 = pages.runs.iter().map(PageRun::bytes).sum();
+        let total = usize::try_from(total).unwrap_or(usize::MAX);
+        // What is there is written over: only growth has to be zeroed.
+        if pages.bytes.len() < total {
+            pages.bytes.resize(total, 0);
+        }
+        pages.bytes.truncate(total);
+        let mut rest = pages.bytes.as_mut_slice();
+        for run in &pages.runs {
+            let (bytes, later) = rest.split_at_mut(usize::try_from(run.bytes()).unwrap_or(0));
+            self.read(run.offset(), bytes)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Reads from the guest's memory.
+    ///
+    /// # Errors
+    ///
+    /// The range is not all mapped, or the process has ended.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let (address, length) = self.locate(offset + done as u64, bytes.len() - done)?;
+            self.memory
+                .read_exact_at(&mut bytes[done..done + length], address)
+                .map_err(self.failed("read"))?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// Writes to the guest's memory. Where it is mapped copy-on-write the file does not change.
+    ///
+    /// # Errors
+    ///
+    /// The range is not all mapped, or the process has ended.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let (address, length) = self.locate(offset + done as u64, bytes.len() - done)?;
+            self.memory
+                .write_all_at(&bytes[done..done + length], address)
+                .map_err(self.failed("write"))?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    /// Writes all pages of a page file.
+    ///
+    /// # Errors
+    ///
+    /// The file is damaged, or for memory of another size; or the process has ended.
+    pub fn apply(&self, file: &PageFile) -> Result<(), MemoryError> {
+        file.check_size(self.bytes())?;
+        file.for_each_chunk(CHUNK_BYTES, |offset, bytes| self.write(offset, bytes))
+    }
+
+    /// Size of the guest's memory, as far as it is mapped.
+    fn bytes(&self) -> u64 {
+        self.parts
+            .last()
+            .map_or(0, |part| part.offset + part.range.end - part.range.start)
+    }
+
+    /// Address of an offset, and how much of `length` is mapped there in one part.
+    fn locate(&self, offset: u64, length: usize) -> Result<(u64, usize), MemoryError> {
+        let after = self.parts.partition_point(|part| part.offset <= offset);
+        let part = after.checked_sub(1).map(|index| self.parts[index]);
+        let found = part.and_then(|part| {
+            let address = part.range.start + (offset - part.offset);
+            let room = usize::try_from(part.range.end.checked_sub(address)?).ok()?;
+            (room > 0).then(|| (address, length.min(room)))
+        });
+        found.ok_or_else(|| {
+            let reason = format!("nothing is mapped at offset {offset}");
+            self.failed("find")(std::io::Error::other(reason))
+        })
+    }
+}
+
+/// A line of /proc/PID/maps, where it is about this file.
+fn parse(line: &str, device: &str, inode: &str) -> Option<Part> {
+    let mut fields = line.split_ascii_whitespace();
+    let (addresses, _permissions, offset) = (fields.next()?, fields.next()?, fields.next()?);
+    if fields.next()? != device || fields.next()? != inode {
+        return None;
+    }
+    let (start, end) = addresses.split_once('-')?;
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    Some(Part {
+        range: AddressRange {
+            start: number(start)?,
+            end: number(end)?,
+        },
+        offset: number(offset)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_about_the_file_are_understood() {
+        let line = "7f0a00000000-7f0a10000000 rw-p 00200000 00:01 4242    /memfd:fcvm (deleted)";
+        let part = parse(line, "00:01", "4242").unwrap();
+        assert_eq!(part.range.start, 0x7f0a_0000_0000);
+        assert_eq!(part.range.end, 0x7f0a_1000_0000);
+        assert_eq!(part.offset, 0x20_0000);
+        for other in [
+            "",
+            "7f-80",
+            "7f-80 rw-p 0 00:01 4243 x",
+            "7f-80 rw-p 0 00:02 4242 x",
+        ] {
+            assert!(parse(other, "00:01", "4242").is_none(), "{other}");
+        }
+    }
+}
