@@ -11,6 +11,7 @@ use fcvm_types::guest::{GuestIpv6, GuestNetwork};
 use crate::error::NetworkError;
 use crate::host::{HostResolver, HostRoutes};
 use crate::passt::{HostLoopback, Shortcomings};
+use crate::relay::{ConnectionId, FrameRelay};
 use crate::{passt, ports};
 
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -48,7 +49,8 @@ pub struct NetworkOptions {
     pub routes: HostRoutes,
 }
 
-/// A network that is ready for a guest. Dropping it takes it down.
+/// A guest's network: connected from the first, of use after [`ready`](Self::ready). Dropping it
+/// takes it down.
 #[derive(Debug)]
 pub struct Attachment {
     /// What the hypervisor connects the network card to.
@@ -59,8 +61,47 @@ pub struct Attachment {
     pub guest: Option<GuestNetwork>,
     /// The process that carries the traffic, where there is one. When it ends, so does the network.
     pub helper: Option<HelperProcess>,
+    /// What stands between the helper and the hypervisor, so that another hypervisor process can
+    /// take the network over.
+    pub relay: Option<FrameRelay>,
+    /// The relay's connection that `backend` is the other end of: the current one.
+    pub connection: Option<ConnectionId>,
     /// Something that the user should know.
     pub note: Option<String>,
+    /// The helper's socket, until it has answered.
+    starting: Option<OwnedFd>,
+}
+
+impl Attachment {
+    fn without_helper(backend: Backend, guest: Option<GuestNetwork>, note: Option<String>) -> Self {
+        Self {
+            backend,
+            mac: GUEST_MAC,
+            guest,
+            helper: None,
+            relay: None,
+            connection: None,
+            note,
+            starting: None,
+        }
+    }
+
+    /// Waits until frames are carried and published ports are open. A hypervisor may be started
+    /// meanwhile: what its guest sends waits. Nothing is carried before this was called; a second
+    /// call does nothing.
+    ///
+    /// # Errors
+    ///
+    /// The helper does not start; it has ended or is ended with the attachment.
+    pub async fn ready(&mut self) -> Result<(), NetworkError> {
+        let (Some(socket), Some(helper), Some(relay)) =
+            (self.starting.take(), &self.helper, &mut self.relay)
+        else {
+            return Ok(());
+        };
+        let socket = passt::wait_until_started(helper, socket).await?;
+        relay.start(socket).map_err(NetworkError::Setup)
+    }
 }
 
 /// What the hypervisor connects the network card to.
@@ -68,7 +109,8 @@ pub struct Attachment {
 pub enum Backend {
     /// No network card.
     None,
-    /// A connected stream socket to passt. passt ends when the last copy of it is closed.
+    /// A connected stream socket, by way of the attachment's relay to passt. Both end when the last
+    /// copy of it is closed and no other hypervisor is connected to the relay.
     Passt(OwnedFd),
     /// The hypervisor's own user-mode network.
     User {
@@ -90,19 +132,16 @@ impl Backend {
     }
 }
 
-/// Sets a network up. Must be called within a tokio runtime, on a thread that outlives the network
-/// (see [`fcvm_process::HelperCommand`]).
+/// Sets a network up, without waiting for it: see [`Attachment::ready`]. Must be called within a
+/// tokio runtime, on a thread that outlives the network (see [`fcvm_process::HelperCommand`]).
 ///
 /// # Errors
 ///
-/// A port can not be published, or passt does not start. Nothing is left of the network then.
-pub async fn attach(
-    mode: NetworkMode,
-    options: &NetworkOptions,
-) -> Result<Attachment, NetworkError> {
+/// A port can not be published, or passt can not be run. Nothing is left of the network then.
+pub fn attach(mode: NetworkMode, options: &NetworkOptions) -> Result<Attachment, NetworkError> {
     match (mode, &options.passt) {
         (NetworkMode::None, _) => no_network(options),
-        (NetworkMode::Rootless, Some(program)) => passt_network(program, options).await,
+        (NetworkMode::Rootless, Some(program)) => passt_network(program, options),
         (NetworkMode::Rootless, None) => user_network(options),
     }
 }
@@ -111,19 +150,10 @@ fn no_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
     if let Some(port) = options.ports.first() {
         return Err(NetworkError::PortsWithoutNetwork { port: port.clone() });
     }
-    Ok(Attachment {
-        backend: Backend::None,
-        mac: GUEST_MAC,
-        guest: None,
-        helper: None,
-        note: None,
-    })
+    Ok(Attachment::without_helper(Backend::None, None, None))
 }
 
-async fn passt_network(
-    program: &Path,
-    options: &NetworkOptions,
-) -> Result<Attachment, NetworkError> {
+fn passt_network(program: &Path, options: &NetworkOptions) -> Result<Attachment, NetworkError> {
     ports::check(&options.ports, options.routes.has_ipv6())?;
     let (loopback, note) = if options.ports.is_empty() {
         (HostLoopback::Hidden, None)
@@ -133,14 +163,21 @@ async fn passt_network(
         (shortcomings.host_loopback(ports), shortcomings.note(ports))
     };
     let guest = passt::guest(&options.resolver, &options.routes);
+    let relay = FrameRelay::new().map_err(NetworkError::Setup)?;
+    let (connection, hypervisor) = relay.connect().map_err(NetworkError::Setup)?;
+    // It was made a moment ago, so it is there.
+    let _ = relay.activate(connection);
     let (helper, socket) =
-        passt::start(program, &options.ports, &options.routes, &guest, loopback).await?;
+        passt::start(program, &options.ports, &options.routes, &guest, loopback)?;
     Ok(Attachment {
-        backend: Backend::Passt(socket),
+        backend: Backend::Passt(hypervisor),
         mac: GUEST_MAC,
         guest: Some(guest),
         helper: Some(helper),
+        relay: Some(relay),
+        connection: Some(connection),
         note,
+        starting: Some(socket),
     })
 }
 
@@ -167,19 +204,16 @@ fn user_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
         dns_search: options.resolver.search.clone(),
         mtu: USER_MTU,
     };
-    Ok(Attachment {
-        backend: Backend::User {
-            forwards: options.ports.clone(),
-            ipv6,
-        },
-        mac: GUEST_MAC,
-        guest: Some(guest),
-        helper: None,
-        note: Some(
-            "passt is not installed, so the VM has QEMU's user-mode network: slower, without \
-             published ports on IPv6, and the guest reaches the services of the host's loopback \
-             at 10.0.2.2; install the package passt"
-                .to_owned(),
-        ),
-    })
+    let backend = Backend::User {
+        forwards: options.ports.clone(),
+        ipv6,
+    };
+    let note = "passt is not installed, so the VM has QEMU's user-mode network: slower, without \
+                published ports on IPv6, and the guest reaches the services of the host's loopback \
+                at 10.0.2.2; install the package passt";
+    Ok(Attachment::without_helper(
+        backend,
+        Some(guest),
+        Some(note.to_owned()),
+    ))
 }

@@ -1,9 +1,9 @@
 //! Networks of VMs: rootless user-mode networking and published ports.
 //!
 //! [`attach`] makes the host's side of a VM's network interface and says how the guest configures
-//! its own. Two backends: passt (`passt.rs`), a process of its own on a socket that the owner keeps,
-//! so that the guest's connections can outlive a hypervisor process; and the hypervisor's built-in
-//! user-mode network, where passt is missing. Neither needs root.
+//! its own. Two backends: passt (`passt.rs`), a process of its own behind a [`FrameRelay`] that the
+//! owner keeps, so that the guest's connections can outlive a hypervisor process; and the hypervisor's
+//! built-in user-mode network, where passt is missing. Neither needs root.
 //!
 //! What the guest can reach: whatever the host can, by the host's own routes and name servers, the
 //! host's own addresses included. Services that the host runs on its loopback alone can not be reached
@@ -20,8 +20,10 @@ mod error;
 mod host;
 mod passt;
 mod ports;
+mod relay;
 
 pub use attach::{Attachment, Backend, NetworkMode, NetworkOptions, attach};
 pub use error::NetworkError;
 pub use host::{HostResolver, HostRoutes};
 pub use passt::find_passt;
+pub use relay::{ConnectionId, FrameRelay, RelayCounters, RelayEnd};

@@ -117,8 +117,8 @@ fn publishes(ports: &[PortMapping], protocol: Protocol) -> bool {
     ports.iter().any(|port| port.protocol == protocol)
 }
 
-/// Starts passt and waits until it answers on its socket.
-pub(crate) async fn start(
+/// Starts passt; gives it and the socket on which it will speak.
+pub(crate) fn start(
     program: &Path,
     ports: &[PortMapping],
     routes: &HostRoutes,
@@ -146,9 +146,17 @@ pub(crate) async fn start(
         path: program.to_owned(),
         source,
     })?;
-    let answered = tokio::time::timeout(START_TIMEOUT, wait_for_answer(own)).await;
+    Ok((helper, own))
+}
+
+/// Waits until passt answers on its socket, and gives that back.
+pub(crate) async fn wait_until_started(
+    helper: &HelperProcess,
+    socket: OwnedFd,
+) -> Result<OwnedFd, NetworkError> {
+    let answered = tokio::time::timeout(START_TIMEOUT, wait_for_answer(socket)).await;
     match answered {
-        Ok(Ok(socket)) => Ok((helper, socket)),
+        Ok(Ok(socket)) => Ok(socket),
         // It closed its end, so it is ending.
         Ok(Err(error)) => {
             tracing::trace!("passt: {error}");

@@ -33,6 +33,13 @@ fn options(passt: PathBuf, ports: &[String]) -> NetworkOptions {
     }
 }
 
+/// A network on which frames are carried.
+async fn attached(options: &NetworkOptions) -> Attachment {
+    let mut attachment = attach(NetworkMode::Rootless, options).unwrap();
+    attachment.ready().await.unwrap();
+    attachment
+}
+
 /// A TCP port that is free now.
 fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -94,7 +101,7 @@ async fn published_udp_port_leads_to_the_guest_and_its_answer_back() {
     let Some(passt) = passt() else { return };
     let port = free_port();
     let options = options(passt, &[format!("127.0.0.1:{port}:7777/udp")]);
-    let attachment = attach(NetworkMode::Rootless, &options).await.unwrap();
+    let attachment = attached(&options).await;
     let guest = attachment.guest.clone().unwrap();
     assert_eq!(guest.dns_servers, ["10.0.2.3".parse::<IpAddr>().unwrap()]);
     assert_eq!(guest.dns_search, ["corp.example"]);
@@ -124,11 +131,11 @@ async fn published_udp_port_leads_to_the_guest_and_its_answer_back() {
 }
 
 #[tokio::test]
-async fn published_tcp_port_listens_as_soon_as_the_network_is_attached() {
+async fn published_tcp_port_listens_as_soon_as_the_network_is_ready() {
     let Some(passt) = passt() else { return };
     let port = free_port();
     let options = options(passt, &[format!("{port}:80")]);
-    let attachment = attach(NetworkMode::Rootless, &options).await.unwrap();
+    let attachment = attached(&options).await;
     TcpStream::connect(("127.0.0.1", port)).unwrap();
     if options.routes.has_ipv6() {
         TcpStream::connect(("::1", port)).unwrap();
@@ -140,9 +147,7 @@ async fn published_tcp_port_listens_as_soon_as_the_network_is_attached() {
 #[tokio::test]
 async fn passt_ends_when_its_socket_is_closed() {
     let Some(passt) = passt() else { return };
-    let attachment = attach(NetworkMode::Rootless, &options(passt, &[]))
-        .await
-        .unwrap();
+    let attachment = attached(&options(passt, &[])).await;
     let helper = attachment.helper.unwrap();
     assert!(fcvm_process::is_running(helper.identity()));
     drop(attachment.backend);
@@ -156,7 +161,7 @@ async fn taken_port_is_named() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let options = options(passt, &[format!("{port}:80")]);
-    let error = attach(NetworkMode::Rootless, &options).await.unwrap_err();
+    let error = attach(NetworkMode::Rootless, &options).unwrap_err();
     let text = error.to_string();
     assert!(
         text.contains(&format!("port {port} of the host is taken")),
@@ -173,7 +178,8 @@ async fn passt_that_gives_up_says_why() {
         ipv4_interface: None,
         ipv6_interface: Some("fcvm-missing".to_owned()),
     };
-    let error = attach(NetworkMode::Rootless, &options).await.unwrap_err();
+    let mut attachment = attach(NetworkMode::Rootless, &options).unwrap();
+    let error = attachment.ready().await.unwrap_err();
     let text = error.to_string();
     assert!(
         matches!(error, NetworkError::PasstFailed { .. }),
@@ -191,7 +197,7 @@ async fn host_without_routes_still_has_published_ports() {
     let port = free_port();
     let mut options = options(passt, &[format!("127.0.0.1:{port}:80")]);
     options.routes = HostRoutes::default();
-    let _attachment = attach(NetworkMode::Rootless, &options).await.unwrap();
+    let _attachment = attached(&options).await;
     TcpStream::connect(("127.0.0.1", port)).unwrap();
 }
 
@@ -201,7 +207,7 @@ async fn without_passt_the_hypervisors_network_is_taken_with_a_note() {
         ports: vec![format!("{}:80", free_port()).parse().unwrap()],
         ..NetworkOptions::default()
     };
-    let attachment = attach(NetworkMode::Rootless, &options).await.unwrap();
+    let attachment = attached(&options).await;
     assert_eq!(attachment.backend.name(), "user");
     assert!(
         attachment
@@ -209,10 +215,10 @@ async fn without_passt_the_hypervisors_network_is_taken_with_a_note() {
             .unwrap()
             .contains("install the package passt")
     );
-    let error = attach(NetworkMode::None, &options).await.unwrap_err();
+    let error = attach(NetworkMode::None, &options).unwrap_err();
     assert!(error.to_string().contains("--network none"), "{error}");
     let nothing = NetworkOptions::default();
-    let attachment = attach(NetworkMode::None, &nothing).await.unwrap();
+    let attachment = attach(NetworkMode::None, &nothing).unwrap();
     assert_eq!(attachment.backend.name(), "none");
     assert!(attachment.guest.is_none() && attachment.helper.is_none());
 }
@@ -223,8 +229,7 @@ async fn killed_owner_takes_its_network_along() {
     const CHILD: &str = "FCVM_TEST_OWNER";
     let Some(passt) = passt() else { return };
     if std::env::var_os(CHILD).is_some() {
-        let attached = attach(NetworkMode::Rootless, &options(passt, &[])).await;
-        let attachment = attached.unwrap();
+        let attachment = attached(&options(passt, &[])).await;
         let identity = attachment.helper.as_ref().unwrap().identity();
         println!("\npasst {} {}", identity.pid, identity.start_ticks);
         std::future::pending().await

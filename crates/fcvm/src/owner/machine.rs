@@ -49,7 +49,7 @@ pub(super) async fn assemble(
     watch.lap("accelerator");
     let disks = disks(context, spec)?;
     watch.lap("disks");
-    let (network, interface) = connect(context, spec, entry, accelerator).await?;
+    let (network, interface) = connect(context, spec, entry, accelerator)?;
     watch.lap("network");
     let (console_read, console_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
         .context("cannot make a pipe for the console")?;
@@ -88,14 +88,14 @@ pub(super) async fn assemble(
     })
 }
 
-/// Sets the network up and enters it in the record; gives its guard and the hypervisor's part.
-async fn connect(
+/// Starts the network, which is waited for later, and enters it in the record; gives its guard and the hypervisor's part.
+fn connect(
     context: &Context,
     spec: &VmSpec,
     entry: &mut Entry,
     accelerator: Accelerator,
 ) -> anyhow::Result<(Attachment, Option<NetworkSpec>)> {
-    let mut network = attach_network(context, spec).await?;
+    let mut network = attach_network(context, spec)?;
     let helper = network.helper.as_ref().map(|helper| Resource::Process {
         identity: helper.identity(),
         role: "passt".to_owned(),
@@ -137,7 +137,7 @@ fn scratch(context: &Context, size: ByteSize) -> anyhow::Result<File> {
     Ok(disk.file)
 }
 
-async fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Attachment> {
+fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Attachment> {
     let mode = match spec.network {
         NetworkMode::None => fcvm_network::NetworkMode::None,
         NetworkMode::Rootless => fcvm_network::NetworkMode::Rootless,
@@ -150,7 +150,7 @@ async fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Atta
         resolver: HostResolver::parse(&resolv_conf),
         routes: HostRoutes::read(),
     };
-    let mut attachment = fcvm_network::attach(mode, &options).await?;
+    let mut attachment = fcvm_network::attach(mode, &options)?;
     if let Some(note) = &attachment.note {
         tracing::warn!(target: "network", "{note}");
     }

@@ -235,7 +235,7 @@ async fn build(
     let listener = control::bind(&entry.paths.control_socket())?;
     let machine::Assembled {
         mut machine,
-        network,
+        mut network,
         guest_network,
         console,
     } = machine::assemble(context, spec, entry, watch).await?;
@@ -244,7 +244,10 @@ async fn build(
         .take_agent()
         .context("the hypervisor gives no channel to the agent")?;
     let console_log = entry.paths.console_log();
-    let link = first_word(&machine, socket, spec.boot_timeout, &console_log).await?;
+    let first_word = first_word(&machine, socket, spec.boot_timeout, &console_log);
+    // The network starts while the guest boots; where it does not, the boot is not waited for.
+    let ready = async { Ok(network.ready().await?) };
+    let (link, ()) = tokio::try_join!(first_word, ready)?;
     watch.lap("boot");
     let plan = GuestPlan {
         identity: GuestIdentity {

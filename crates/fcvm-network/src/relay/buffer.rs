@@ -1,0 +1,261 @@
+//! Frames in one direction: read in any pieces, given on from frame to frame. No I/O.
+//!
+//! A frame is four bytes of length, most significant first, and so many bytes of Ethernet frame: the
+//! framing of QEMU's `-netdev stream` (net/stream.c there) and of passt.
+
+/// Bytes of the length before each frame.
+pub(crate) const LENGTH_BYTES: usize = 4;
+/// The longest frame that is taken: QEMU's and passt's largest packet with room for headers.
+pub(crate) const FRAME_BYTES_MAX: usize = 65_535 + 64;
+/// Size of a buffer. What is left of it behind a piece that was given on is used again once it is a
+/// quarter, which holds the cost of moving bytes to the front below that of reading them.
+const CAPACITY: usize = 256 << 10;
+const QUARTER: usize = CAPACITY / 4;
+
+/// What no peer sends: its stream can not be followed any further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FrameTooLong {
+    pub(crate) length_bytes: usize,
+}
+
+/// Invariant: `start + sent <= whole <= end <= bytes.len()`, and frames begin at `start` and end at
+/// `whole`.
+#[derive(Debug, Default)]
+pub(crate) struct FrameBuffer {
+    /// Empty, or [`CAPACITY`] long.
+    bytes: Vec<u8>,
+    /// The first frame that is not all gone.
+    start: usize,
+    /// Bytes of it, length included, that are.
+    sent: usize,
+    /// End of the last frame that is all here.
+    whole: usize,
+    /// End of what was read.
+    end: usize,
+}
+
+impl FrameBuffer {
+    /// Something can be read into it.
+    pub(crate) fn has_space(&self) -> bool {
+        // A full buffer holds a whole frame: something is given on before the quarter is missed.
+        self.end < CAPACITY || self.start >= QUARTER
+    }
+
+    /// Where to read to; empty where nothing can be.
+    pub(crate) fn space(&mut self) -> &mut [u8] {
+        if self.bytes.is_empty() {
+            self.bytes = vec![0; CAPACITY];
+        }
+        if self.start == self.end {
+            (self.start, self.whole, self.end) = (0, 0, 0);
+        } else if CAPACITY - self.end < QUARTER && self.start >= QUARTER {
+            self.bytes.copy_within(self.start..self.end, 0);
+            self.whole -= self.start;
+            self.end -= self.start;
+            self.start = 0;
+        }
+        &mut self.bytes[self.end..]
+    }
+
+    /// So many bytes were read to [`space`](Self::space).
+    pub(crate) fn filled(&mut self, count: usize) -> Result<(), FrameTooLong> {
+        self.end += count;
+        while self.end - self.whole >= LENGTH_BYTES {
+            let length_bytes = self.frame_bytes(self.whole);
+            if length_bytes > FRAME_BYTES_MAX {
+                return Err(FrameTooLong { length_bytes });
+            }
+            if self.end - self.whole < LENGTH_BYTES + length_bytes {
+                break;
+            }
+            self.whole += LENGTH_BYTES + length_bytes;
+        }
+        Ok(())
+    }
+
+    /// Whole frames wait, or the rest of one.
+    pub(crate) fn has_frames(&self) -> bool {
+        self.start < self.whole
+    }
+
+    /// The rest of the frame that was given on in part, and all whole ones after it.
+    pub(crate) fn pending(&self) -> &[u8] {
+        &self.bytes[self.start + self.sent..self.whole]
+    }
+
+    /// [`pending`](Self::pending), a slice for each frame.
+    pub(crate) fn pending_frames(&self) -> impl Iterator<Item = &[u8]> {
+        let (mut at, mut skipped) = (self.start, self.sent);
+        std::iter::from_fn(move || {
+            if at == self.whole {
+                return None;
+            }
+            let next = at + LENGTH_BYTES + self.frame_bytes(at);
+            let frame = &self.bytes[at + skipped..next];
+            (at, skipped) = (next, 0);
+            Some(frame)
+        })
+    }
+
+    /// So many of the pending bytes were given on. Tells how many frames are all gone by that.
+    pub(crate) fn given_on(&mut self, count: usize) -> u64 {
+        self.sent += count;
+        let mut frames = 0;
+        while self.start < self.whole {
+            let frame = LENGTH_BYTES + self.frame_bytes(self.start);
+            if self.sent < frame {
+                break;
+            }
+            self.sent -= frame;
+            self.start += frame;
+            frames += 1;
+        }
+        frames
+    }
+
+    /// The next pending frame as a whole, where nothing of it was given on yet.
+    pub(crate) fn first_untouched(&self) -> Option<&[u8]> {
+        if self.sent > 0 {
+            return None;
+        }
+        self.pending_frames().next()
+    }
+
+    /// Takes back a frame that was given on in part: it is pending as a whole again. Gives the rest
+    /// that its receiver still waits for.
+    pub(crate) fn take_back(&mut self) -> Vec<u8> {
+        if self.sent == 0 {
+            return Vec::new();
+        }
+        let end = self.start + LENGTH_BYTES + self.frame_bytes(self.start);
+        let rest = self.bytes[self.start + self.sent..end].to_vec();
+        self.sent = 0;
+        rest
+    }
+
+    /// Whole frames that wait.
+    pub(crate) fn frame_count(&self) -> u64 {
+        self.pending_frames().count() as u64
+    }
+
+    /// A frame is here in part.
+    pub(crate) fn has_partial(&self) -> bool {
+        self.whole < self.end
+    }
+
+    /// It takes memory.
+    pub(crate) fn is_allocated(&self) -> bool {
+        !self.bytes.is_empty()
+    }
+
+    /// Gives the memory of an empty buffer back.
+    pub(crate) fn release(&mut self) {
+        if self.start == self.end {
+            *self = Self::default();
+        }
+    }
+
+    /// Length, without its own four bytes, of the frame at `offset`.
+    fn frame_bytes(&self, offset: usize) -> usize {
+        let length = &self.bytes[offset..offset + LENGTH_BYTES];
+        u32::from_be_bytes([length[0], length[1], length[2], length[3]]) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What happens to a buffer. Sizes are cut to what is there.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Read(usize),
+        GiveOn(usize),
+        TakeBack,
+        Release,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => prop_oneof![1..20_usize, 1..300_000_usize].prop_map(Step::Read),
+            6 => prop_oneof![1..20_usize, 1..300_000_usize].prop_map(Step::GiveOn),
+            1 => Just(Step::TakeBack),
+            1 => Just(Step::Release),
+        ]
+    }
+
+    fn length() -> impl Strategy<Value = usize> {
+        prop_oneof![0..100_usize, 1000..1600_usize, Just(FRAME_BYTES_MAX)]
+    }
+
+    fn stream_of(lengths: &[usize]) -> Vec<u8> {
+        let mut stream = Vec::new();
+        for (index, &length) in lengths.iter().enumerate() {
+            stream.extend((length as u32).to_be_bytes());
+            stream.extend((0..length).map(|at| (at * 7 + index) as u8));
+        }
+        stream
+    }
+
+    proptest! {
+        /// Bytes come out as they went in, in whatever pieces; what is taken back comes again from
+        /// the beginning of its frame.
+        #[test]
+        fn model_of_bytes(lengths in prop::collection::vec(length(), 1..40),
+                          steps in prop::collection::vec(step(), 1..200)) {
+            let stream = stream_of(&lengths);
+            let ends: Vec<usize> = lengths.iter().scan(0, |end, length| {
+                *end += LENGTH_BYTES + length;
+                Some(*end)
+            }).collect();
+            let (mut read, mut given_on, mut frames) = (0, 0, 0);
+            let mut buffer = FrameBuffer::default();
+            for step in steps {
+                match step {
+                    Step::Read(count) if buffer.has_space() => {
+                        let space = buffer.space();
+                        prop_assert!(!space.is_empty());
+                        let count = count.min(space.len()).min(stream.len() - read);
+                        space[..count].copy_from_slice(&stream[read..read + count]);
+                        buffer.filled(count).unwrap();
+                        read += count;
+                    }
+                    Step::Read(_) => prop_assert!(buffer.has_frames()),
+                    Step::GiveOn(count) => {
+                        let count = count.min(buffer.pending().len());
+                        prop_assert_eq!(&buffer.pending()[..count], &stream[given_on..given_on + count]);
+                        let together: Vec<u8> = buffer.pending_frames().flatten().copied().collect();
+                        prop_assert_eq!(&together[..], buffer.pending());
+                        frames += buffer.given_on(count);
+                        given_on += count;
+                        prop_assert_eq!(frames as usize, ends.iter().filter(|end| **end <= given_on).count());
+                    }
+                    Step::TakeBack => {
+                        let begin = ends.iter().rev().find(|end| **end <= given_on).copied().unwrap_or(0);
+                        let end = ends.iter().find(|end| **end > given_on).copied().unwrap_or(begin);
+                        let rest = buffer.take_back();
+                        let expected = if given_on > begin { &stream[given_on..end] } else { &[] };
+                        prop_assert_eq!(&rest[..], expected);
+                        given_on = begin;
+                    }
+                    Step::Release => buffer.release(),
+                }
+                let whole = ends.iter().rev().find(|end| **end <= read).copied().unwrap_or(0);
+                prop_assert_eq!(buffer.pending(), &stream[given_on..whole]);
+                prop_assert_eq!(buffer.has_partial(), whole < read);
+            }
+        }
+    }
+
+    #[test]
+    fn length_that_nobody_sends_is_refused_before_its_bytes_come() {
+        for length in [FRAME_BYTES_MAX + 1, usize::MAX >> 32] {
+            let mut buffer = FrameBuffer::default();
+            buffer.space()[..4].copy_from_slice(&(length as u32).to_be_bytes());
+            let refused = buffer.filled(4).unwrap_err();
+            assert_eq!(refused.length_bytes, length);
+        }
+    }
+}
