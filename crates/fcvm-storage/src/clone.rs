@@ -20,7 +20,11 @@ pub enum CloneMethod {
 }
 
 /// Makes the empty `target` a copy of `source`.
-pub(crate) fn clone_file(source: &File, target: &File) -> io::Result<CloneMethod> {
+///
+/// # Errors
+///
+/// The file system of `target` is full, or one of the two fails.
+pub fn clone_file(source: &File, target: &File) -> io::Result<CloneMethod> {
     if reflink(source, target)? {
         return Ok(CloneMethod::Reflink);
     }

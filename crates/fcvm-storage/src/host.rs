@@ -38,7 +38,11 @@ pub fn free_bytes(directory: &Path) -> Result<u64, StorageError> {
 }
 
 /// An open file in `directory` that has no name and ends with its last descriptor.
-pub(crate) fn nameless_file(directory: &Path) -> io::Result<File> {
+///
+/// # Errors
+///
+/// The directory is not there or can not be written to.
+pub fn nameless_file(directory: &Path) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::TMPFILE;
     match rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => Ok(file.into()),

@@ -14,7 +14,7 @@ mod error;
 mod host;
 mod scratch;
 
-pub use clone::CloneMethod;
+pub use clone::{CloneMethod, clone_file};
 pub use error::StorageError;
-pub use host::{free_bytes, reflink_support};
+pub use host::{free_bytes, nameless_file, reflink_support};
 pub use scratch::{SCRATCH_SIZE_MAX, SCRATCH_SIZE_MIN, ScratchDisk, ScratchStore, find_mkfs};

@@ -73,6 +73,21 @@ pub enum Resource {
     },
 }
 
+/// Where a clone came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Id of the VM whose state it continues.
+    pub parent: VmId,
+    /// Its name then.
+    pub parent_name: VmName,
+    /// The snapshot in between; absent for a fork of a running VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// The process that serves the snapshot and with which the clone ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serve: Option<ProcessIdentity>,
+}
+
 /// The state record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -127,6 +142,9 @@ pub struct VmRecord {
     pub error: Option<String>,
     /// Health, where a check was asked for.
     pub health: Option<Health>,
+    /// Where a clone came from; absent for a VM that was booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<Lineage>,
     /// Microseconds each stage of the start took, in order.
     pub timings_us: Vec<(String, u64)>,
     /// What the owner holds.

@@ -11,6 +11,7 @@ mod commands;
 mod connection;
 mod context;
 mod errors;
+mod handover;
 mod logging;
 mod output;
 mod owner;
@@ -61,7 +62,9 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<u8> {
             commands::run::run(context, *arguments).await
         }
         Command::ProbeGuest => commands::setup::probe_guest(),
-        Command::Owner => commands::run::owner(context).await,
+        Command::Owner { clone: false } => commands::run::owner(context).await,
+        Command::Owner { clone: true } => commands::clones::owner(context).await,
+        Command::Fork(arguments) => commands::fork::run(context, &arguments).await,
         Command::Exec(arguments) => commands::exec::run(context, arguments).await,
         Command::Ls(arguments) => commands::ls::run(context, &arguments),
         Command::Logs(arguments) => commands::logs::run(context, &arguments).await,
@@ -81,7 +84,6 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<u8> {
         Command::Test(command) => commands::sanity::run(context, command).await,
         Command::Completion { shell } => commands::documentation::completion(shell),
         Command::Man { directory } => commands::documentation::man(&directory),
-        Command::Fork(_) => refuse_later("fork"),
         Command::Snapshot(_) => refuse_later("snapshot"),
         Command::Pool(_) => refuse_later("pool"),
         Command::Kernel(_) => refuse_later("kernel"),

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use fcvm_process::{HelperCommand, HelperExit, HelperProcess};
 use fcvm_types::record::ProcessIdentity;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
@@ -196,6 +197,26 @@ impl QemuVm {
     /// what the guest writes before it is read waits in it.
     pub fn take_agent(&mut self) -> Option<UnixStream> {
         self.agent.take()
+    }
+
+    /// Takes back what the owner wrote to the agent channel and the guest has not got: while the VM
+    /// is stopped and the owner writes nothing more, device state then says exactly what the guest
+    /// has.
+    ///
+    /// # Errors
+    ///
+    /// The channel is broken.
+    pub fn take_unread(&self) -> io::Result<Vec<u8>> {
+        let mut unread = Vec::new();
+        let mut buffer = [0; 16 << 10];
+        loop {
+            match rustix::net::recv(&self.agent_peer, &mut buffer, RecvFlags::DONTWAIT) {
+                Ok((0, _)) | Err(Errno::AGAIN) => return Ok(unread),
+                Ok((length, _)) => unread.extend_from_slice(&buffer[..length]),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// The virtual hardware, for the record of a snapshot.

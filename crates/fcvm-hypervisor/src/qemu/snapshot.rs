@@ -15,6 +15,7 @@ use rustix::fs::MemfdFlags;
 use rustix::pipe::PipeFlags;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 
 use super::Qemu;
@@ -200,6 +201,12 @@ impl QemuStandby {
     /// The VM as it will be.
     pub fn vm(&self) -> &QemuVm {
         &self.vm
+    }
+
+    /// The owner's end of the agent channel, as [`QemuVm::take_agent`] gives it. To be connected
+    /// before the state is loaded, or what the guest was saying then is lost.
+    pub fn take_agent(&mut self) -> Option<UnixStream> {
+        self.vm.take_agent()
     }
 
     /// Loads device state. The VM is stopped then: [`resume`](crate::Pause::resume) lets it go on.

@@ -1,5 +1,6 @@
 //! The command line: what can be written, not what it does (that is `commands/`).
 
+pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod run;
 pub(crate) mod system;
@@ -77,6 +78,9 @@ pub(crate) enum Command {
     Podman(PodmanCommand),
     /// Run another process in a running VM
     Exec(ExecArguments),
+    /// Fork a running VM: clones that continue from this instant, each on its own
+    #[command(visible_alias = "clone")]
+    Fork(fork::ForkArguments),
     /// List VMs
     #[command(visible_alias = "ps", alias = "list")]
     Ls(LsArguments),
@@ -126,13 +130,14 @@ pub(crate) enum Command {
     },
     /// The owner process of a detached VM
     #[command(hide = true)]
-    Owner,
+    Owner {
+        /// The VM is a clone; standard input is the channel to its source
+        #[arg(long)]
+        clone: bool,
+    },
     /// The throw-away guest that shows whether KVM runs guests
     #[command(hide = true)]
     ProbeGuest,
-    /// Fork a running VM (not in this version)
-    #[command(hide = true, alias = "clone", disable_help_flag = true)]
-    Fork(Later),
     /// Snapshots (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Snapshot(Later),

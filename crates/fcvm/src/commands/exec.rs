@@ -8,13 +8,13 @@ use crate::args::ExecArguments;
 use crate::attach::terminal_size;
 use crate::client::Client;
 use crate::context::Context;
-use crate::state::VmPaths;
+use crate::owner::spec::VmSpec;
 
 pub(crate) async fn run(context: &Context, arguments: ExecArguments) -> anyhow::Result<u8> {
     let store = context.state()?;
     let record = store.find(&arguments.vm)?;
     let client = Client::connect(&store, &record).await?;
-    let container = container_process(&store.paths(&record.id))?;
+    let container = VmSpec::of(&store.paths(&record.id))?.process;
     let mut env = container.env;
     if arguments.tty {
         terminal_environment(&mut env);
@@ -48,12 +48,4 @@ pub(crate) async fn run(context: &Context, arguments: ExecArguments) -> anyhow::
         Outcome::Exited(status) => Ok(status.shell_code()),
         other => anyhow::bail!("the guest's agent gave an answer that makes no sense ({other:?})"),
     }
-}
-
-/// The container's first process, as its owner was told to run it: what exec inherits.
-fn container_process(paths: &VmPaths) -> anyhow::Result<ProcessPlan> {
-    use anyhow::Context as _;
-    let path = paths.process_plan();
-    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
 }

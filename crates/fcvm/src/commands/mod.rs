@@ -1,8 +1,10 @@
 //! One module per verb: what it does with its arguments.
 
+pub(crate) mod clones;
 pub(crate) mod cp;
 pub(crate) mod documentation;
 pub(crate) mod exec;
+pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod inspect;
 pub(crate) mod lifecycle;

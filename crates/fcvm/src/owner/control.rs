@@ -22,14 +22,20 @@ use crate::connection::{FrameReader, Gate, hello, spawn_writer};
 /// Longest path of a Unix socket, `sun_path` of unix(7) less its final zero.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
 
-/// Makes the socket; only this user can connect.
-pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+/// Refuses a path that no socket can have.
+pub(super) fn check_socket_path(path: &Path) -> anyhow::Result<()> {
     if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
         bail!(
             "the path of the control socket is too long for the kernel ({}): choose a shorter --runtime-dir",
             path.display()
         );
     }
+    Ok(())
+}
+
+/// Makes the socket; only this user can connect.
+pub(super) fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+    check_socket_path(path)?;
     let listener = UnixListener::bind(path)
         .with_context(|| format!("cannot make the socket {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;

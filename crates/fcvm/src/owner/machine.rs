@@ -1,19 +1,21 @@
 //! Assembling the machine: disks, network, hypervisor.
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::qemu::{Qemu, QemuVm};
-use fcvm_hypervisor::spec::TRANSLATION_CACHE_BOOT;
+use fcvm_hypervisor::qemu::{Qemu, QemuStandby, QemuVm};
+use fcvm_hypervisor::spec::{TRANSLATION_CACHE_BOOT, TRANSLATION_CACHE_CLONE};
 use fcvm_hypervisor::{
     Accelerator, BootSpec, DiskSpec, GuestMemory, HardwareSpec, Launch, LaunchSpec, NetworkBackend,
-    NetworkSpec,
+    NetworkSpec, RestoreState,
 };
 use fcvm_network::{Attachment, Backend, HostResolver, HostRoutes, NetworkOptions};
 use fcvm_storage::ScratchStore;
 use fcvm_types::ByteSize;
-use fcvm_types::guest::{GuestNetwork, ROOT_DISK_SERIAL, SCRATCH_DISK_SERIAL};
+use fcvm_types::guest::{ROOT_DISK_SERIAL, SCRATCH_DISK_SERIAL};
 use fcvm_types::record::Resource;
 use rustix::pipe::PipeFlags;
 
@@ -23,6 +25,8 @@ use super::{Entry, Stopwatch};
 use crate::args::run::{AcceleratorChoice, NetworkMode};
 use crate::context::Context;
 
+/// Role of the hypervisor's process in the record.
+pub(super) const QEMU_ROLE: &str = "qemu";
 /// Lines of the console shown when a guest does not come up.
 const CONSOLE_LINES: usize = 5;
 /// Lines in which a panic is looked for.
@@ -31,11 +35,61 @@ const PANIC_LINES: usize = 60;
 /// A machine whose processors run.
 pub(super) struct Assembled {
     pub(super) machine: QemuVm,
+    pub(super) foundation: Foundation,
     /// The network's guard; its helper's end is the network's.
     pub(super) network: Attachment,
-    /// How the guest configures its interface.
-    pub(super) guest_network: Option<GuestNetwork>,
     pub(super) console: tokio::task::JoinHandle<()>,
+}
+
+/// What a machine stands on and its owner keeps, for a successor and for clones.
+pub(super) struct Foundation {
+    pub(super) qemu: Qemu,
+    pub(super) cpu_count: u32,
+    pub(super) accelerator: Accelerator,
+    /// The guest's memory as the present machine has it mapped.
+    pub(super) memory: RefCell<GuestMemory>,
+    pub(super) root: File,
+    /// The VM's own disk; a read-only container has none.
+    pub(super) scratch: Option<File>,
+    /// Where disks are made.
+    pub(super) disks: PathBuf,
+    console: OwnedFd,
+}
+
+impl Foundation {
+    /// The hardware, with this memory and this network.
+    pub(super) fn hardware(
+        &self,
+        memory: GuestMemory,
+        network: Option<NetworkSpec>,
+        translation_cache: ByteSize,
+    ) -> anyhow::Result<HardwareSpec> {
+        let copied = || -> std::io::Result<_> {
+            let mut disks = vec![DiskSpec::raw(
+                self.root.try_clone()?,
+                ROOT_DISK_SERIAL,
+                true,
+            )];
+            if let Some(scratch) = &self.scratch {
+                disks.push(DiskSpec::raw(
+                    scratch.try_clone()?,
+                    SCRATCH_DISK_SERIAL,
+                    false,
+                ));
+            }
+            Ok((disks, self.console.try_clone()?))
+        };
+        let (disks, console) = copied().context("cannot hand the VM's disks on")?;
+        Ok(HardwareSpec {
+            cpu_count: self.cpu_count,
+            memory,
+            disks,
+            network,
+            accelerator: self.accelerator,
+            translation_cache,
+            console,
+        })
+    }
 }
 
 /// Acquires what the machine is made of, and starts it.
@@ -47,48 +101,119 @@ pub(super) async fn assemble(
 ) -> anyhow::Result<Assembled> {
     let accelerator = accelerator(context, spec.accelerator)?;
     watch.lap("accelerator");
-    let disks = disks(context, spec)?;
+    let root = open_root(spec)?;
+    let scratch = match spec.read_only {
+        true => None,
+        false => Some(scratch(context, ByteSize::from_bytes(spec.disk_bytes))?),
+    };
     watch.lap("disks");
     let (network, interface) = connect(context, spec, entry, accelerator)?;
     watch.lap("network");
-    let (console_read, console_write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
-        .context("cannot make a pipe for the console")?;
-    rustix::io::ioctl_fionbio(&console_read, true)?;
-    let console = spawn_console(console_read, &entry.paths.console_log())?;
+    let (console, console_write) = console(entry)?;
+    let memory = GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
+        .context("cannot make the guest's memory")?;
+    let foundation = Foundation {
+        qemu: qemu(context)?,
+        cpu_count: spec.cpu_count,
+        accelerator,
+        memory: memory
+            .try_clone()
+            .context("cannot keep the guest's memory")?
+            .into(),
+        root,
+        scratch,
+        disks: context.data_dir.join("disks"),
+        console: console_write,
+    };
     let launch = LaunchSpec {
-        hardware: HardwareSpec {
-            cpu_count: spec.cpu_count,
-            memory: GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
-                .context("cannot make the guest's memory")?,
-            disks,
-            network: interface,
-            accelerator,
-            translation_cache: TRANSLATION_CACHE_BOOT,
-            console: console_write,
-        },
+        hardware: foundation.hardware(memory, interface, TRANSLATION_CACHE_BOOT)?,
         boot: BootSpec {
             kernel: spec.kernel.clone(),
             initramfs: Some(spec.initramfs.clone()),
             extra_kernel_args: Vec::new(),
         },
     };
-    let machine = qemu(context)?.launch(launch).await?;
-    entry.update(|record| {
-        record.resources.push(Resource::Process {
-            identity: machine.identity(),
-            role: "qemu".to_owned(),
-        });
-    })?;
+    let machine = foundation.qemu.launch(launch).await?;
+    enter_machine(entry, &machine)?;
     watch.lap("hypervisor");
     Ok(Assembled {
         machine,
-        guest_network: network.guest.clone(),
+        foundation,
         network,
         console,
     })
 }
 
-/// Starts the network, which is waited for later, and enters it in the record; gives its guard and the hypervisor's part.
+/// A machine that waits for the state of another.
+pub(super) struct Prepared {
+    pub(super) standby: QemuStandby,
+    pub(super) foundation: Foundation,
+    pub(super) network: Attachment,
+    pub(super) console: tokio::task::JoinHandle<()>,
+}
+
+/// Acquires what a clone is made of: its process waits for the state.
+pub(super) async fn prepare_clone(
+    context: &Context,
+    spec: &VmSpec,
+    accelerator: Accelerator,
+    memory: OwnedFd,
+    entry: &mut Entry,
+    watch: &mut Stopwatch,
+) -> anyhow::Result<Prepared> {
+    let root = open_root(spec)?;
+    let disks = context.data_dir.join("disks");
+    let scratch = match spec.read_only {
+        true => None,
+        false => Some(empty_disk(&disks, spec.disk_bytes)?),
+    };
+    watch.lap("disks");
+    let (network, interface) = connect(context, spec, entry, accelerator)?;
+    watch.lap("network");
+    let (console, console_write) = console(entry)?;
+    let memory = GuestMemory::copy_on_write(memory).context("cannot use the memory")?;
+    let foundation = Foundation {
+        qemu: qemu(context)?,
+        cpu_count: spec.cpu_count,
+        accelerator,
+        memory: memory
+            .try_clone()
+            .context("cannot keep the guest's memory")?
+            .into(),
+        root,
+        scratch,
+        disks,
+        console: console_write,
+    };
+    let hardware = foundation.hardware(memory, interface, TRANSLATION_CACHE_CLONE)?;
+    let standby = foundation.qemu.prepare(hardware).await?;
+    enter_machine(entry, standby.vm())?;
+    watch.lap("hypervisor");
+    Ok(Prepared {
+        standby,
+        foundation,
+        network,
+        console,
+    })
+}
+
+fn enter_machine(entry: &mut Entry, machine: &QemuVm) -> anyhow::Result<()> {
+    entry.note(Resource::Process {
+        identity: machine.identity(),
+        role: QEMU_ROLE.to_owned(),
+    })
+}
+
+/// The task that logs the console, and where the machine writes it.
+fn console(entry: &Entry) -> anyhow::Result<(tokio::task::JoinHandle<()>, OwnedFd)> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .context("cannot make a pipe for the console")?;
+    rustix::io::ioctl_fionbio(&read, true)?;
+    Ok((spawn_console(read, &entry.paths.console_log())?, write))
+}
+
+/// Starts the network, which is waited for later, and enters it in the record; gives its guard and
+/// the hypervisor's part.
 fn connect(
     context: &Context,
     spec: &VmSpec,
@@ -117,16 +242,21 @@ fn connect(
     Ok((network, backend.map(|backend| NetworkSpec { backend, mac })))
 }
 
-/// The root image and the VM's own writable disk.
-fn disks(context: &Context, spec: &VmSpec) -> anyhow::Result<Vec<DiskSpec>> {
-    let root = File::open(&spec.root_image)
-        .with_context(|| format!("cannot open the root image {}", spec.root_image.display()))?;
-    let mut disks = vec![DiskSpec::raw(root, ROOT_DISK_SERIAL, true)];
-    if !spec.read_only {
-        let scratch = scratch(context, ByteSize::from_bytes(spec.disk_bytes))?;
-        disks.push(DiskSpec::raw(scratch, SCRATCH_DISK_SERIAL, false));
-    }
-    Ok(disks)
+fn open_root(spec: &VmSpec) -> anyhow::Result<File> {
+    File::open(&spec.root_image)
+        .with_context(|| format!("cannot open the root image {}", spec.root_image.display()))
+}
+
+/// A disk of a clone, which gets its content when the source is frozen.
+fn empty_disk(directory: &Path, bytes: u64) -> anyhow::Result<File> {
+    let make = || -> std::io::Result<File> {
+        std::fs::create_dir_all(directory)?;
+        let file = fcvm_storage::nameless_file(directory)?;
+        // As the template's size is rounded.
+        file.set_len(bytes & !0xfff)?;
+        Ok(file)
+    };
+    make().with_context(|| format!("cannot make a disk in {}", directory.display()))
 }
 
 fn scratch(context: &Context, size: ByteSize) -> anyhow::Result<File> {

@@ -3,12 +3,17 @@
 //! The VM lives and dies with this process. Everything acquired is a guard that releases itself when
 //! dropped, and what would outlive a crash is in the state record before it exists.
 
+mod boot;
+pub(crate) mod clone;
 mod control;
+pub(crate) mod fork;
+mod freeze;
 mod health;
 pub(crate) mod link;
 pub(crate) mod log;
 mod machine;
 mod request;
+mod slot;
 pub(crate) mod spec;
 mod supervisor;
 mod vm;
@@ -19,21 +24,21 @@ use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
-use fcvm_types::guest::{GuestIdentity, GuestPlan};
-use fcvm_types::record::{Health, ProcessIdentity, RECORD_VERSION, Resource, VmRecord, VmState};
-use fcvm_wire::{FrameKind, Opened, Outcome, Request};
+use fcvm_types::record::{
+    Health, Lineage, ProcessIdentity, RECORD_VERSION, Resource, VmRecord, VmState,
+};
 use time::OffsetDateTime;
 use tokio::net::UnixListener;
 use tracing::Instrument;
 
 use crate::attach::LocalIo;
-use crate::client::finished;
 use crate::context::{Context, create_private_dir};
 use crate::signals::{Arrived, Forwarded};
 use crate::state::{StateStore, VmPaths, this_process};
 use link::{AgentLink, AgentStream};
 pub(crate) use machine::qemu;
 pub(crate) use request::OwnerRequest;
+use slot::MachineSlot;
 use spec::{Readiness, VmSpec};
 use supervisor::{Ending, Supervisor};
 use vm::RunningVm;
@@ -52,18 +57,31 @@ pub(crate) enum Front {
     },
 }
 
-/// Runs a VM to its end; gives the exit code for the command line.
-pub(crate) async fn run(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8> {
-    let span = tracing::info_span!("vm", name = spec.name.as_str());
-    own(context, spec, front).instrument(span).await
+/// What a VM begins with.
+pub(crate) enum Origin {
+    /// Its kernel.
+    Boot,
+    /// The state of another VM.
+    Clone(clone::Source),
 }
 
-async fn own(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8> {
+/// Runs a VM to its end; gives the exit code for the command line.
+pub(crate) async fn run(
+    context: &Context,
+    spec: VmSpec,
+    origin: Origin,
+    front: Front,
+) -> anyhow::Result<u8> {
+    let span = tracing::info_span!("vm", name = spec.name.as_str());
+    own(context, spec, origin, front).instrument(span).await
+}
+
+async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> anyhow::Result<u8> {
     let (mut report, interactive) = match front {
         Front::Terminal { interactive } => (None, Some(interactive)),
         Front::Detached { report } => (Some(report), None),
     };
-    let started = start(context, &spec, report.is_some()).await;
+    let started = start(context, &spec, origin, report.is_some()).await;
     if let Some(report) = &mut report {
         let readiness = match &started {
             Ok(_) => Readiness::Started,
@@ -83,7 +101,7 @@ async fn own(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8
         entry,
         vm,
         stream,
-        listener,
+        sockets,
         signals,
         stop_requests,
         console,
@@ -100,7 +118,9 @@ async fn own(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8
     let disks =
         tokio::task::spawn_local(async move { watched.watch_disks().await }.in_current_span());
     let control =
-        tokio::task::spawn_local(control::serve(listener, Rc::clone(&vm)).in_current_span());
+        tokio::task::spawn_local(control::serve(sockets.control, Rc::clone(&vm)).in_current_span());
+    let forks =
+        tokio::task::spawn_local(fork::serve(sockets.fork, Rc::clone(&vm)).in_current_span());
     let health = spec.health.clone().map(|check| {
         tokio::task::spawn_local(
             health::watch(Rc::clone(&vm), check, spec.process.clone()).in_current_span(),
@@ -111,6 +131,7 @@ async fn own(context: &Context, spec: VmSpec, front: Front) -> anyhow::Result<u8
     let ending = supervisor.run().await;
     health.inspect(|task| task.abort());
     control.abort();
+    forks.abort();
     network.abort();
     disks.abort();
     supervisor::power_off(&vm, &ending).await;
@@ -127,17 +148,26 @@ struct Started {
     entry: Entry,
     vm: Rc<RunningVm>,
     stream: AgentStream,
-    listener: UnixListener,
+    sockets: Sockets,
     signals: Forwarded,
     stop_requests: tokio::sync::mpsc::UnboundedReceiver<Option<u32>>,
     console: tokio::task::JoinHandle<()>,
 }
 
 /// The data path of `run`, on the way down.
-async fn start(context: &Context, spec: &VmSpec, detached: bool) -> anyhow::Result<Started> {
+async fn start(
+    context: &Context,
+    spec: &VmSpec,
+    origin: Origin,
+    detached: bool,
+) -> anyhow::Result<Started> {
     let mut watch = Stopwatch::new(spec.timings_us.clone());
     let mut signals = Forwarded::new()?;
-    let mut entry = Entry::create(context, spec)?;
+    let lineage = match &origin {
+        Origin::Boot => None,
+        Origin::Clone(source) => Some(source.lineage.clone()),
+    };
+    let mut entry = Entry::create(context, spec, lineage)?;
     if detached {
         let file = File::create(entry.paths.owner_log()).context("cannot write the owner's log")?;
         rustix::stdio::dup2_stderr(&file).context("cannot redirect stderr")?;
@@ -150,8 +180,16 @@ async fn start(context: &Context, spec: &VmSpec, detached: bool) -> anyhow::Resu
             }
         }
     };
+    let build = async {
+        match origin {
+            Origin::Boot => boot::build(context, spec, &mut entry, &mut watch).await,
+            Origin::Clone(source) => {
+                clone::build(context, spec, source, &mut entry, &mut watch).await
+            }
+        }
+    };
     let built = tokio::select! {
-        built = build(context, spec, &mut entry, &mut watch) => built?,
+        built = build => built?,
         signal = interrupted => {
             return Err(crate::errors::ExitError {
                 code: 128 + u8::try_from(signal).unwrap_or(0),
@@ -162,10 +200,11 @@ async fn start(context: &Context, spec: &VmSpec, detached: bool) -> anyhow::Resu
     };
     let Built {
         machine,
+        foundation,
         network,
         link,
         stream,
-        listener,
+        sockets,
         console,
     } = built;
     let mut record = entry.record.clone();
@@ -178,18 +217,21 @@ async fn start(context: &Context, spec: &VmSpec, detached: bool) -> anyhow::Resu
     let vm = Rc::new(RunningVm {
         store: entry.store.clone(),
         record: record.into(),
-        machine,
+        machine: MachineSlot::new(machine),
+        foundation,
+        connection: network.connection.into(),
         network,
         link,
         stop_requests: stop,
         pausing: false.into(),
+        freezing: tokio::sync::Mutex::new(()),
         out_of_space: false.into(),
     });
     Ok(Started {
         entry,
         vm,
         stream,
-        listener,
+        sockets,
         signals,
         stop_requests,
         console,
@@ -213,117 +255,33 @@ async fn watch_network(vm: Rc<RunningVm>) {
     }
 }
 
+/// A VM whose container runs, before it is known as running.
 struct Built {
     machine: fcvm_hypervisor::qemu::QemuVm,
+    foundation: machine::Foundation,
     network: fcvm_network::Attachment,
     link: AgentLink,
     stream: AgentStream,
-    listener: UnixListener,
+    sockets: Sockets,
     console: tokio::task::JoinHandle<()>,
 }
 
-async fn build(
-    context: &Context,
-    spec: &VmSpec,
-    entry: &mut Entry,
-    watch: &mut Stopwatch,
-) -> anyhow::Result<Built> {
-    entry.note(Resource::Path {
-        path: entry.paths.runtime.display().to_string(),
-    })?;
-    create_private_dir(&entry.paths.runtime)?;
-    let listener = control::bind(&entry.paths.control_socket())?;
-    let machine::Assembled {
-        mut machine,
-        mut network,
-        guest_network,
-        console,
-    } = machine::assemble(context, spec, entry, watch).await?;
-    entry.update(|record| record.state = VmState::Booting)?;
-    let socket = machine
-        .take_agent()
-        .context("the hypervisor gives no channel to the agent")?;
-    let console_log = entry.paths.console_log();
-    let first_word = first_word(&machine, socket, spec.boot_timeout, &console_log);
-    // The network starts while the guest boots; where it does not, the boot is not waited for.
-    let ready = async { Ok(network.ready().await?) };
-    let (link, ()) = tokio::try_join!(first_word, ready)?;
-    watch.lap("boot");
-    let plan = GuestPlan {
-        identity: GuestIdentity {
-            hostname: spec.hostname.clone(),
-            machine_id: spec.id.to_string(),
-            network: guest_network,
-            extra_hosts: spec.extra_hosts.clone(),
-        },
-        realtime_ns: realtime_ns(),
-        read_only: spec.read_only,
-        privileged: spec.privileged,
-        process: spec.process.clone(),
-    };
-    let stream = link
-        .open(&Request::Run {
-            plan: Box::new(plan),
+/// Where other processes ask this owner.
+struct Sockets {
+    control: UnixListener,
+    fork: fork::Listener,
+}
+
+impl Sockets {
+    fn bind(entry: &mut Entry) -> anyhow::Result<Self> {
+        entry.note(Resource::Path {
+            path: entry.paths.runtime.display().to_string(),
+        })?;
+        create_private_dir(&entry.paths.runtime)?;
+        Ok(Self {
+            control: control::bind(&entry.paths.control_socket())?,
+            fork: fork::Listener::bind(&entry.paths.fork_socket())?,
         })
-        .await?;
-    tokio::select! {
-        opened = opened(&stream) => opened?,
-        exit = machine.wait_exit() => {
-            anyhow::bail!("{}", machine::boot_failure(&format!("the guest ended before the container started ({exit})"), &console_log));
-        }
-    }
-    watch.lap("container");
-    Ok(Built {
-        machine,
-        network,
-        link,
-        stream,
-        listener,
-        console,
-    })
-}
-
-/// Waits for the agent's first word.
-async fn first_word(
-    machine: &fcvm_hypervisor::qemu::QemuVm,
-    socket: tokio::net::UnixStream,
-    limit: Duration,
-    console_log: &std::path::Path,
-) -> anyhow::Result<AgentLink> {
-    let failure = |what: &str| machine::boot_failure(what, console_log);
-    let established = tokio::time::timeout(limit, AgentLink::establish(socket));
-    let ended = tokio::select! {
-        link = established => match link {
-            Ok(Ok(link)) => return Ok(link),
-            // A machine that ends takes the channel with it, and tells more.
-            Ok(Err(error)) => match tokio::time::timeout(MACHINE_END_LIMIT, machine.wait_exit()).await {
-                Ok(exit) => exit,
-                Err(_) => return Err(error.context(failure("the guest's agent does not answer as it should"))),
-            },
-            Err(_) => anyhow::bail!(failure(&format!("the guest did not answer within {} s (--boot-timeout)", limit.as_secs()))),
-        },
-        exit = machine.wait_exit() => exit,
-    };
-    anyhow::bail!(failure(&format!("the guest did not boot ({ended})")))
-}
-
-/// Waits until the container's process has started.
-async fn opened(stream: &AgentStream) -> anyhow::Result<()> {
-    loop {
-        let frame = stream.next().await?;
-        match frame.kind {
-            FrameKind::Opened => {
-                let _: Opened = frame.parse()?;
-                return Ok(());
-            }
-            FrameKind::Closed => {
-                let outcome: Outcome = finished(frame.parse()?)?;
-                anyhow::bail!(
-                    "the guest's agent ended the container before it began ({outcome:?})"
-                );
-            }
-            _ => {}
-        }
     }
 }
 
@@ -336,9 +294,10 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    fn create(context: &Context, spec: &VmSpec) -> anyhow::Result<Self> {
+    fn create(context: &Context, spec: &VmSpec, lineage: Option<Lineage>) -> anyhow::Result<Self> {
         let store = context.state()?;
-        let record = first_record(spec, this_process()?);
+        let mut record = first_record(spec, this_process()?);
+        record.lineage = lineage;
         store.create(&record)?;
         let entry = Self {
             paths: store.paths(&spec.id),
@@ -346,9 +305,9 @@ impl Entry {
             record,
             finished: false,
         };
-        let plan = entry.paths.process_plan();
-        std::fs::write(&plan, serde_json::to_vec(&spec.process)?)
-            .with_context(|| format!("cannot write {}", plan.display()))?;
+        let path = entry.paths.spec();
+        std::fs::write(&path, serde_json::to_vec(spec)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(entry)
     }
 
@@ -419,6 +378,7 @@ fn first_record(spec: &VmSpec, owner: ProcessIdentity) -> VmRecord {
         exit: None,
         error: None,
         health: None,
+        lineage: None,
         timings_us: Vec::new(),
         resources: Vec::new(),
     }

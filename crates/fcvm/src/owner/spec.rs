@@ -5,11 +5,13 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fcvm_types::guest::ProcessPlan;
+use anyhow::Context as _;
+use fcvm_types::guest::{GuestIdentity, GuestNetwork, ProcessPlan};
 use fcvm_types::{PortMapping, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::args::run::{AcceleratorChoice, NetworkMode};
+use crate::state::VmPaths;
 
 /// A VM to run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -43,6 +45,26 @@ pub(crate) struct VmSpec {
     pub(crate) health: Option<HealthCheck>,
     /// Stages before the owner began, microseconds.
     pub(crate) timings_us: Vec<(String, u64)>,
+}
+
+impl VmSpec {
+    /// The specification of a VM that is known to the state store.
+    pub(crate) fn of(paths: &VmPaths) -> anyhow::Result<Self> {
+        let path = paths.spec();
+        let bytes =
+            std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// What the guest is told of who it is.
+    pub(crate) fn identity(&self, network: Option<GuestNetwork>) -> GuestIdentity {
+        GuestIdentity {
+            hostname: self.hostname.clone(),
+            machine_id: self.id.to_string(),
+            network,
+            extra_hosts: self.extra_hosts.clone(),
+        }
+    }
 }
 
 /// How to see that a service answers.

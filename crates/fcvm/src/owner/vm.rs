@@ -4,13 +4,15 @@ use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::Pause;
-use fcvm_hypervisor::qemu::{QemuVm, VmEvent};
+use fcvm_hypervisor::qemu::VmEvent;
+use fcvm_network::ConnectionId;
 use fcvm_types::record::{VmRecord, VmState};
 use fcvm_wire::{Outcome, Request};
 use tokio::sync::mpsc;
 
 use super::link::{AgentLink, AgentStream};
+use super::machine::Foundation;
+use super::slot::MachineSlot;
 use crate::client::finished;
 use crate::signals::SIGKILL;
 use crate::state::StateStore;
@@ -19,13 +21,18 @@ use crate::state::StateStore;
 pub(super) struct RunningVm {
     pub(super) store: StateStore,
     pub(super) record: RefCell<VmRecord>,
-    pub(super) machine: QemuVm,
+    pub(super) machine: MachineSlot,
+    pub(super) foundation: Foundation,
     pub(super) network: fcvm_network::Attachment,
+    /// The machine's connection to the network's relay.
+    pub(super) connection: Cell<Option<ConnectionId>>,
     pub(super) link: AgentLink,
     /// Requests to end the VM: seconds of grace.
     pub(super) stop_requests: mpsc::UnboundedSender<Option<u32>>,
     /// Kept from one pause to its end, so that two of them cannot cross.
     pub(super) pausing: Cell<bool>,
+    /// One fork or snapshot at a time.
+    pub(super) freezing: tokio::sync::Mutex<()>,
     /// The machine stopped because the host had no space for its disk.
     pub(super) out_of_space: Cell<bool>,
 }
@@ -48,7 +55,7 @@ impl RunningVm {
         }
     }
 
-    fn state(&self) -> VmState {
+    pub(super) fn state(&self) -> VmState {
         self.record.borrow().state
     }
 
@@ -62,7 +69,7 @@ impl RunningVm {
     }
 
     /// Why nothing in the guest answers, and what to do.
-    fn paused(&self) -> String {
+    pub(super) fn paused(&self) -> String {
         let name = &self.record.borrow().name;
         if self.out_of_space.get() {
             format!(

@@ -57,9 +57,9 @@ impl VmPaths {
         self.directory.join("console.log")
     }
 
-    /// The container's first process as the owner was told to run it, for `exec` to inherit from.
-    pub(crate) fn process_plan(&self) -> PathBuf {
-        self.directory.join("process.json")
+    /// What the owner was told to run: `exec` and clones inherit from it.
+    pub(crate) fn spec(&self) -> PathBuf {
+        self.directory.join("spec.json")
     }
 
     pub(crate) fn owner_log(&self) -> PathBuf {
@@ -68,6 +68,11 @@ impl VmPaths {
 
     pub(crate) fn control_socket(&self) -> PathBuf {
         self.runtime.join("control.sock")
+    }
+
+    /// Where clones of the running VM are asked for.
+    pub(crate) fn fork_socket(&self) -> PathBuf {
+        self.runtime.join("fork.sock")
     }
 }
 

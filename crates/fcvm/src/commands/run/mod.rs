@@ -19,7 +19,7 @@ use crate::args::run::{HypervisorChoice, NetworkMode, RunArguments};
 use crate::context::Context;
 use crate::errors::ExitError;
 use crate::owner::spec::{HealthCheck, Readiness, VmSpec};
-use crate::owner::{self, Front, Stopwatch};
+use crate::owner::{self, Front, Origin, Stopwatch};
 use crate::state::{StateStore, random};
 
 /// Less does not boot a kernel with its initramfs.
@@ -58,6 +58,7 @@ pub(crate) async fn run(context: &Context, arguments: RunArguments) -> anyhow::R
         owner::run(
             context,
             spec,
+            Origin::Boot,
             Front::Terminal {
                 interactive: arguments.interactive,
             },
@@ -250,13 +251,19 @@ fn detach(context: &Context, spec: &VmSpec) -> anyhow::Result<()> {
 pub(crate) async fn owner(context: &Context) -> anyhow::Result<u8> {
     let spec: VmSpec = serde_json::from_reader(std::io::stdin().lock())
         .context("this command is for fcvm's own use")?;
-    // Out of the session and process group of the command, which may end or be interrupted.
+    let report = leave_command()?;
+    owner::run(context, spec, Origin::Boot, Front::Detached { report }).await
+}
+
+/// Leaves the session, the process group and the standard streams of the command that started this
+/// owner, which may end or be interrupted; gives the pipe on which it waits for a report.
+pub(crate) fn leave_command() -> anyhow::Result<File> {
     rustix::process::setsid().context("cannot start a session")?;
     let report = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
-    owner::run(context, spec, Front::Detached { report }).await
+    Ok(report)
 }
 
 /// `--cidfile`: removed again when the VM could not be started.
