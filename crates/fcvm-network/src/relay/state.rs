@@ -83,6 +83,8 @@ struct Connection {
     inbound: FrameBuffer,
     /// The end of a frame of which it has the beginning, from when another became the current one.
     owed: Vec<u8>,
+    /// Nothing can be sent to it any more. What it has sent may still be there to read.
+    deaf: bool,
     /// Nothing more can be read from it.
     ended: bool,
 }
@@ -120,11 +122,16 @@ impl State {
     pub(super) fn connect(&mut self, socket: OwnedFd) -> ConnectionId {
         let id = ConnectionId(self.next_id);
         self.next_id += 1;
+        if self.end.is_some() {
+            // Its other end sees at once that there is nobody.
+            return id;
+        }
         self.connections.push(Connection {
             id,
             socket: Socket::new(socket),
             inbound: FrameBuffer::default(),
             owed: Vec::new(),
+            deaf: false,
             ended: false,
         });
         id
@@ -132,11 +139,8 @@ impl State {
 
     /// False where there is no such connection any more.
     pub(super) fn activate(&mut self, id: ConnectionId) -> bool {
-        if !self
-            .connections
-            .iter()
-            .any(|connection| connection.id == id)
-        {
+        let is_open = |known: &Connection| known.id == id && !known.ended;
+        if !self.connections.iter().any(is_open) {
             return false;
         }
         self.held = false;
@@ -250,7 +254,8 @@ impl State {
             })
         };
         if sent.is_err() {
-            connection.ended = true;
+            connection.deaf = true;
+            self.outbound.take_back();
         }
     }
 
@@ -262,7 +267,7 @@ impl State {
         let index = self.index(self.current?)?;
         let connection = &self.connections[index];
         let waits = !connection.owed.is_empty() || self.outbound.has_frames();
-        (waits && !connection.ended).then_some(index)
+        (waits && !connection.deaf && !connection.ended).then_some(index)
     }
 
     /// From the guest to the uplink.
@@ -274,14 +279,14 @@ impl State {
                 self.sources.pop_front();
                 continue;
             };
-            let read_bytes = self.read(index, is_left_behind && left_bytes > 0);
+            let read = self.read(index, is_left_behind && left_bytes > 0);
             self.send_up(index)?;
             let connection = &self.connections[index];
             if !is_left_behind || connection.inbound.has_frames() {
                 return Ok(());
             }
-            let left_bytes = left_bytes.saturating_sub(read_bytes);
-            if connection.ended || read_bytes == 0 || left_bytes == 0 {
+            let left_bytes = left_bytes.saturating_sub(read.unwrap_or(0));
+            if connection.ended || read == Some(0) || left_bytes == 0 {
                 self.sources.pop_front();
             } else if let Some(source) = self.sources.front_mut() {
                 source.left_bytes = left_bytes;
@@ -290,12 +295,13 @@ impl State {
         Ok(())
     }
 
-    /// Reads from a connection, also unasked where `eager`; gives the bytes that came.
-    fn read(&mut self, index: usize, eager: bool) -> usize {
+    /// Reads from a connection, also unasked where `eager`. Gives the bytes that came, `None` where
+    /// it was not tried.
+    fn read(&mut self, index: usize, eager: bool) -> Option<usize> {
         let connection = &mut self.connections[index];
         let wanted = connection.socket.readable || eager;
         if connection.ended || !wanted || !connection.inbound.has_space() {
-            return 0;
+            return None;
         }
         let read = connection.socket.read_into(&mut connection.inbound);
         if let Err(FrameTooLong { length_bytes }) = read {
@@ -305,7 +311,7 @@ impl State {
         }
         let count = read.ok().flatten();
         connection.ended = count.is_none();
-        count.unwrap_or(0)
+        count
     }
 
     /// Sends a connection's frames to the uplink, each as a message of its own: passt of before
@@ -340,7 +346,7 @@ impl State {
     /// Takes connections away of which nothing more comes.
     fn remove_ended(&mut self) {
         while let Some(index) = self.connections.iter().position(|connection| {
-            let is_source = self.sources.iter().any(|source| source.id == connection.id);
+            let is_source = self.is_source(connection.id);
             connection.ended && !(is_source && connection.inbound.has_frames())
         }) {
             let connection = self.connections.remove(index);
@@ -368,6 +374,10 @@ impl State {
             || self
                 .receiver()
                 .is_some_and(|to| self.connections[to].socket.writable)
+    }
+
+    fn is_source(&self, id: ConnectionId) -> bool {
+        self.sources.iter().any(|source| source.id == id)
     }
 
     /// The connection whose frames are next to go to the uplink.
@@ -404,9 +414,8 @@ impl State {
             let is_source = source.is_some_and(|from| from.id == id);
             events.set(PollFlags::IN, is_source && connection.inbound.has_space());
             // The end of one that nothing is read from is told all the same.
-            let idle = !self.sources.iter().any(|source| source.id == id);
-            if idle || !events.is_empty() {
-                add(Who::Connection { id, idle }, &connection.socket, events);
+            if !events.is_empty() || !self.is_source(id) {
+                add(Who::Connection(id), &connection.socket, events);
             }
         }
         interests
@@ -417,10 +426,12 @@ impl State {
         let gone = events.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
         let (socket, ended) = match who {
             Who::Uplink => (self.uplink.as_mut(), None),
-            Who::Connection { id, idle } => {
+            Who::Connection(id) => {
+                // As it is now, not as it was when the waiting began.
+                let is_source = self.is_source(id);
                 let Some(index) = self.index(id) else { return };
                 let connection = &mut self.connections[index];
-                let ended = idle.then_some(&mut connection.ended);
+                let ended = (!is_source).then_some(&mut connection.ended);
                 (Some(&mut connection.socket), ended)
             }
         };
@@ -459,11 +470,7 @@ pub(super) struct Interest {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Who {
     Uplink,
-    Connection {
-        id: ConnectionId,
-        /// Nothing is read from it or written to it: only its end counts.
-        idle: bool,
-    },
+    Connection(ConnectionId),
 }
 
 /// Sends what waits, a frame a message. Gives how many frames are all gone by that, and bytes.

@@ -79,8 +79,7 @@ pub(super) fn run(shared: &Shared, ended: &watch::Sender<Option<RelayEnd>>) {
             shared.lock().finish(RelayEnd::Uplink);
         }
     };
-    // Nobody may be listening.
-    let _ = ended.send(Some(end));
+    ended.send_replace(Some(end));
 }
 
 fn wait(shared: &Shared, interests: &[Interest], timeout: Option<&Timespec>) -> Result<(), Errno> {
