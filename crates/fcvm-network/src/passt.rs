@@ -282,8 +282,9 @@ async fn wait_for_answer(socket: OwnedFd) -> std::io::Result<OwnedFd> {
     let mut stream = UnixStream::from_std(socket)?;
     let request = arp_request(GUEST_MAC, GUEST_ADDRESS, GUEST_GATEWAY);
     let length = u32::try_from(request.len()).unwrap_or(u32::MAX);
-    stream.write_all(&length.to_be_bytes()).await?;
-    stream.write_all(&request).await?;
+    // One message: a passt that runs already would lose its place after a length alone.
+    let message = [&length.to_be_bytes()[..], &request].concat();
+    stream.write_all(&message).await?;
     loop {
         let mut frame = vec![0; stream.read_u32().await?.min(u32::from(u16::MAX)) as usize];
         stream.read_exact(&mut frame).await?;
