@@ -4,11 +4,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Stdio};
 
 use anyhow::{Context as _, bail};
+use fcvm_types::guest::{ExitStatus, ProcessPlan};
 use fcvm_types::record::Lineage;
 use fcvm_types::{PortMapping, VmId, VmName};
+use fcvm_wire::{Channel, FrameKind, Outcome, Request};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::unix::pipe;
 
+use crate::client::{Client, Flow, finished};
 use crate::context::Context;
 use crate::errors::ExitError;
 use crate::handover::Handover;
@@ -16,6 +19,9 @@ use crate::owner::clone::{Assignment, Source};
 use crate::owner::spec::{Readiness, VmSpec};
 use crate::owner::{self, Front, Origin};
 use crate::state::{StateStore, random};
+
+/// Most that is kept of what a command says in a clone.
+const SAID_BYTES_MAX: usize = 1 << 20;
 
 /// What the clones of one command have in common.
 pub(crate) struct Family<'a> {
@@ -111,6 +117,64 @@ pub(crate) fn start(
         report: BufReader::new(report),
     };
     Ok((starting, channel.into_fd()))
+}
+
+/// What a command said in a clone.
+pub(crate) struct Said {
+    pub(crate) name: VmName,
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: Vec<u8>,
+}
+
+/// Runs a shell command in a clone, as the container's user, and collects what it says.
+pub(crate) async fn execute(
+    store: &StateStore,
+    id: &VmId,
+    source: &VmSpec,
+    command: &str,
+) -> anyhow::Result<Said> {
+    let record = store.find(id.as_str())?;
+    let process = ProcessPlan {
+        args: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
+        terminal: None,
+        stdin: false,
+        ..source.process.clone()
+    };
+    let client = Client::connect(store, &record).await?;
+    let mut client = client.start(Request::Exec { process }).await?;
+    let mut flow = Flow::default();
+    let mut output = [Vec::new(), Vec::new()];
+    loop {
+        let frame = client.next().await?;
+        match frame.kind {
+            FrameKind::Data => {
+                flow.received(&frame)?;
+                let channel = frame.channel;
+                let said = &mut output[usize::from(channel == Channel::Stderr)];
+                // What is more is taken and dropped.
+                let room = SAID_BYTES_MAX.saturating_sub(said.len());
+                said.extend_from_slice(&frame.payload[..frame.payload.len().min(room)]);
+                if let Some(credit) = flow.taken(frame.stream, channel, frame.payload.len()) {
+                    client.send(credit).await?;
+                }
+            }
+            FrameKind::Closed => {
+                let [stdout, stderr] = output;
+                let name = record.name;
+                return match finished(frame.parse()?)? {
+                    Outcome::Exited(status) => Ok(Said {
+                        name,
+                        status,
+                        stdout,
+                        stderr,
+                    }),
+                    other => bail!("clone '{name}' gave an answer that makes no sense ({other:?})"),
+                };
+            }
+            _ => {}
+        }
+    }
 }
 
 /// `fcvm owner --clone`: the other side of [`start`].

@@ -5,12 +5,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use anyhow::{Context as _, bail};
 use fcvm_types::record::{Lineage, VmRecord, VmState};
 use fcvm_types::{VmId, VmName};
+use serde_json::json;
+use tokio::task::JoinSet;
 
 use super::clones::{self, Family, Starting};
+use crate::args::Format;
 use crate::args::fork::ForkArguments;
 use crate::context::Context;
 use crate::owner::fork::{ForkReply, ForkRequest, connect};
 use crate::owner::spec::VmSpec;
+use crate::state::StateStore;
 
 pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow::Result<u8> {
     if arguments.count.is_some_and(|count| count > 1) && !arguments.publish.is_empty() {
@@ -59,22 +63,87 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
     let reply = asking.receive::<ForkReply>().await?;
     let reply = reply.context("the source ended during the fork")?.0;
     if let ForkReply::Failed { message } = &reply {
-        // A clone that could not be made ready knows more.
-        for owner in starting {
-            if let Err(error) = owner.started().await {
-                tracing::debug!("{error:#}");
-            }
-        }
+        // The clones end with their channels; they have nothing to add.
+        let _ = all_started(starting).await;
         bail!("VM '{}' could not be forked: {message}", record.name);
     }
     if !source.ports.is_empty() && arguments.publish.is_empty() {
         tracing::info!("the source keeps its published ports; -p gives a clone one of its own");
     }
     let clones = all_started(starting).await?;
-    for (id, _) in &clones {
+    match &arguments.exec {
+        Some(command) => in_all(&store, &clones, &source, command, arguments.format).await,
+        None => {
+            tell(&clones, arguments.format)?;
+            Ok(crate::EXIT_SUCCESS)
+        }
+    }
+}
+
+/// Prints the clones: ids for people, as `run -d` does.
+fn tell(clones: &[(VmId, VmName)], format: Format) -> anyhow::Result<()> {
+    if format == Format::Json {
+        let list: Vec<_> = clones
+            .iter()
+            .map(|(id, name)| json!({ "id": id, "name": name }))
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&list)?);
+        return Ok(());
+    }
+    for (id, _) in clones {
         println!("{id}");
     }
-    Ok(crate::EXIT_SUCCESS)
+    Ok(())
+}
+
+/// Runs a command in all clones at once; the exit code is the first that is not zero.
+async fn in_all(
+    store: &StateStore,
+    clones: &[(VmId, VmName)],
+    source: &VmSpec,
+    command: &str,
+    format: Format,
+) -> anyhow::Result<u8> {
+    let mut running = JoinSet::new();
+    for (index, (id, _)) in clones.iter().enumerate() {
+        let (store, id, source) = (store.clone(), id.clone(), source.clone());
+        let command = command.to_owned();
+        running.spawn_local(async move {
+            let said = clones::execute(&store, &id, &source, &command).await;
+            (index, id, said)
+        });
+    }
+    let mut answers = running.join_all().await;
+    answers.sort_by_key(|(index, ..)| *index);
+    let mut code = crate::EXIT_SUCCESS;
+    let mut list = Vec::new();
+    for (_, id, said) in answers {
+        let said = said?;
+        if code == crate::EXIT_SUCCESS {
+            code = said.status.shell_code();
+        }
+        match format {
+            Format::Json => list.push(json!({
+                "id": id,
+                "name": said.name,
+                "exit_code": said.status.shell_code(),
+                "stdout": String::from_utf8_lossy(&said.stdout),
+                "stderr": String::from_utf8_lossy(&said.stderr),
+            })),
+            Format::Table => {
+                for line in String::from_utf8_lossy(&said.stdout).lines() {
+                    println!("{}: {line}", said.name);
+                }
+                for line in String::from_utf8_lossy(&said.stderr).lines() {
+                    eprintln!("{}: {line}", said.name);
+                }
+            }
+        }
+    }
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&list)?);
+    }
+    Ok(code)
 }
 
 fn check_state(record: &VmRecord) -> anyhow::Result<()> {

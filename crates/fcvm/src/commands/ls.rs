@@ -127,6 +127,7 @@ pub(crate) fn json_row(record: &VmRecord) -> serde_json::Value {
         "network": record.network,
         "ports": record.ports,
         "labels": record.labels,
+        "lineage": record.lineage,
         "created_at": crate::output::timestamp(record.created_at),
         "started_at": record.started_at.map(crate::output::timestamp),
         "finished_at": record.finished_at.map(crate::output::timestamp),

@@ -32,6 +32,8 @@ pub(crate) enum ForkReply {
         /// Microseconds of each stage.
         timings_us: Vec<(String, u64)>,
     },
+    /// No clone could be made ready, and the source was not stopped.
+    NoClone,
     /// There are no clones, and the source goes on.
     Failed {
         /// One line.
@@ -108,7 +110,8 @@ pub(super) async fn serve(listener: Listener, vm: Rc<RunningVm>) {
 
 async fn answer(asking: Handover, vm: Rc<RunningVm>) {
     let reply = match fork(&asking, &vm).await {
-        Ok(timings_us) => ForkReply::Frozen { timings_us },
+        Ok(Some(timings_us)) => ForkReply::Frozen { timings_us },
+        Ok(None) => ForkReply::NoClone,
         Err(error) => ForkReply::Failed {
             message: crate::errors::one_line(&error),
         },
@@ -117,7 +120,8 @@ async fn answer(asking: Handover, vm: Rc<RunningVm>) {
     let _ = asking.send(&reply, &[]);
 }
 
-async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Vec<(String, u64)>> {
+/// Forks; nothing where no clone could be made ready, which the clones explain.
+async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Option<Vec<(String, u64)>>> {
     let Some((ForkRequest, channels)) = asking.receive().await? else {
         bail!("nothing was asked for");
     };
@@ -126,11 +130,12 @@ async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Vec<(String, 
         .into_iter()
         .map(Handover::from_fd)
         .collect::<anyhow::Result<_>>()?;
-    offer(vm, &channels)?;
-    let (preparation, waiting) = tokio::join!(vm.prepare_freeze(), all_waiting(channels));
+    let plan = vm.plan_freeze()?;
+    offer(vm, &vm.template(&plan)?, &channels)?;
+    let (preparation, waiting) = tokio::join!(vm.prepare_freeze(plan), all_waiting(channels));
     let preparation = preparation?;
     if waiting.is_empty() {
-        bail!("no clone could be made ready");
+        return Ok(None);
     }
     let frozen = vm.freeze(preparation).await?;
     let mark = vm.link.mark();
@@ -138,16 +143,15 @@ async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Vec<(String, 
         // A clone that has ended meanwhile says so itself.
         let _ = send_state(channel, &frozen, mark);
     }
-    Ok(frozen.timings_us)
+    Ok(Some(frozen.timings_us))
 }
 
 /// Tells each clone what it is made on.
-fn offer(vm: &RunningVm, channels: &[Handover]) -> anyhow::Result<()> {
+fn offer(vm: &RunningVm, memory: &OwnedFd, channels: &[Handover]) -> anyhow::Result<()> {
     let offer = Offer {
         accelerator: vm.foundation.accelerator,
         device_line: vm.machine.get().device_line().clone(),
     };
-    let memory = vm.foundation.memory.borrow();
     for channel in channels {
         let _ = channel.send(&offer, &[memory.as_fd()]);
     }

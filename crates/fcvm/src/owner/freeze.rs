@@ -39,6 +39,16 @@ pub(super) struct Frozen {
     pub(super) timings_us: Vec<(String, u64)>,
 }
 
+/// How a VM is to be frozen.
+pub(super) enum Plan {
+    /// The VM goes on in another process, on the present memory.
+    Succession,
+    /// The VM stays, and its memory is copied to here.
+    Copy(File),
+    /// The VM stays, and the pages that it wrote are copied.
+    Difference,
+}
+
 /// What was made ready before the pause.
 pub(super) struct Preparation {
     way: Way,
@@ -47,14 +57,11 @@ pub(super) struct Preparation {
 }
 
 enum Way {
-    /// The VM goes on in another process, on the present memory.
     Succession {
         successor: Box<QemuStandby>,
         connection: Option<ConnectionId>,
     },
-    /// The VM stays, and its memory is copied to here.
     Copy(File),
-    /// The VM stays, and the pages that it wrote are copied.
     Difference {
         mapping: GuestMapping,
         pages: CapturedPages,
@@ -62,13 +69,42 @@ enum Way {
 }
 
 impl RunningVm {
-    /// Makes ready what a freeze needs, while the VM runs.
-    pub(super) async fn prepare_freeze(&self) -> anyhow::Result<Preparation> {
+    /// Decides how the VM is to be frozen.
+    pub(super) fn plan_freeze(&self) -> anyhow::Result<Plan> {
         self.check_running()?;
+        let memory = self.foundation.memory.borrow();
+        Ok(match memory.mapping() {
+            MemoryMapping::CopyOnWrite => Plan::Difference,
+            MemoryMapping::Shared
+                if self.network.guest.is_some() && self.network.relay.is_none() =>
+            {
+                tracing::info!(target: "vm", "QEMU's own network cannot move to another process: the memory is copied");
+                Plan::Copy(anonymous_file("fcvm-guest-memory", memory.size().bytes())?)
+            }
+            MemoryMapping::Shared => Plan::Succession,
+        })
+    }
+
+    /// What clones will map: known before the VM is frozen.
+    pub(super) fn template(&self, plan: &Plan) -> anyhow::Result<OwnedFd> {
+        Ok(match plan {
+            Plan::Copy(copy) => copy.as_fd().try_clone_to_owned()?,
+            Plan::Succession | Plan::Difference => self
+                .foundation
+                .memory
+                .borrow()
+                .as_fd()
+                .try_clone_to_owned()?,
+        })
+    }
+
+    /// Makes ready what a freeze needs, while the VM runs.
+    pub(super) async fn prepare_freeze(&self, plan: Plan) -> anyhow::Result<Preparation> {
         let foundation = &self.foundation;
-        let mapping = foundation.memory.borrow().mapping();
-        let way = match mapping {
-            MemoryMapping::CopyOnWrite => {
+        let way = match plan {
+            Plan::Succession => self.prepare_successor().await?,
+            Plan::Copy(copy) => Way::Copy(copy),
+            Plan::Difference => {
                 let pid = self.machine.identity().pid;
                 let mapping = GuestMapping::find(pid, &*foundation.memory.borrow())?;
                 let bytes: u64 = mapping.private_runs()?.iter().map(|run| run.bytes()).sum();
@@ -78,14 +114,6 @@ impl RunningVm {
                 pages.bytes.resize(room, 1);
                 Way::Difference { mapping, pages }
             }
-            MemoryMapping::Shared
-                if self.network.guest.is_some() && self.network.relay.is_none() =>
-            {
-                tracing::info!(target: "vm", "QEMU's own network cannot move to another process: the memory is copied");
-                let size = foundation.memory.borrow().size().bytes();
-                Way::Copy(anonymous_file("fcvm-guest-memory", size)?)
-            }
-            MemoryMapping::Shared => self.prepare_successor().await?,
         };
         let scratch =
             match &foundation.scratch {

@@ -9,7 +9,7 @@ use crate::lab::{Lab, is_root};
 use crate::process::LIMIT;
 
 /// A port of the host that was free a moment ago.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
