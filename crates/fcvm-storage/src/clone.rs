@@ -45,19 +45,30 @@ pub(crate) fn reflink(source: &File, target: &File) -> io::Result<bool> {
 }
 
 /// Copies the parts that are no holes.
-fn sparse_copy(source: &File, target: &File) -> io::Result<()> {
+pub(crate) fn sparse_copy(source: &File, target: &File) -> io::Result<()> {
     let length = source.metadata()?.len();
     target.set_len(length)?;
+    for_each_extent(source, length, |start, end| {
+        copy_range(source, target, start, end)
+    })
+}
+
+/// Calls `visit` with begin and end of each part of a file of `length` bytes that is no hole.
+pub(crate) fn for_each_extent(
+    file: &File,
+    length: u64,
+    mut visit: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
     let mut offset = 0;
     while offset < length {
-        let start = match rustix::fs::seek(source, SeekFrom::Data(offset)) {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
             Ok(start) => start,
             // Only a hole is left.
             Err(Errno::NXIO) => break,
             Err(errno) => return Err(errno.into()),
         };
-        let end = rustix::fs::seek(source, SeekFrom::Hole(start))?.min(length);
-        copy_range(source, target, start, end)?;
+        let end = rustix::fs::seek(file, SeekFrom::Hole(start))?.min(length);
+        visit(start, end)?;
         offset = end;
     }
     Ok(())

@@ -26,6 +26,22 @@ pub enum StorageError {
         /// Read-only, or not permitted.
         source: io::Error,
     },
+    /// The directory is not there any more.
+    #[error("cannot {action} in {}: the directory is gone; make it again, or use another data directory", directory.display())]
+    Gone {
+        /// What was being done.
+        action: &'static str,
+        /// Where.
+        directory: PathBuf,
+    },
+    /// A kept disk is not what its manifest says.
+    #[error("the disk {} is damaged: {reason}; remove it and what was made from it, or bring the file back", path.display())]
+    Damaged {
+        /// The file, or the directory where it is about all of them.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A size out of range.
     #[error("cannot make a scratch disk of {size}: it must be {min} to {max}")]
     Size {
@@ -87,6 +103,7 @@ impl StorageError {
                     source,
                 }
             }
+            io::ErrorKind::NotFound if !directory.exists() => Self::Gone { action, directory },
             _ => Self::Io {
                 action,
                 directory,

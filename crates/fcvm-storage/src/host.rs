@@ -71,6 +71,6 @@ mod tests {
         assert!(free_bytes(directory.path()).unwrap() > 0);
         let missing = directory.path().join("missing");
         let error = free_bytes(&missing).unwrap_err().to_string();
-        assert!(error.contains("missing: No such file"), "{error}");
+        assert!(error.contains("missing: the directory is gone"), "{error}");
     }
 }

@@ -9,12 +9,23 @@
 
 #![forbid(unsafe_code)]
 
+mod branch;
+mod checksum;
 mod clone;
+mod disk;
 mod error;
 mod host;
+mod persist;
+mod qcow2;
 mod scratch;
 
+pub use branch::{
+    BranchMethod, CopyStore, DiskStore, Frozen, OverlayStore, Prepared, ReflinkStore, choose,
+};
 pub use clone::{CloneMethod, clone_file};
+pub use disk::{Disk, DiskUsage, FrozenDisk, Layer, LayerFormat};
 pub use error::StorageError;
 pub use host::{free_bytes, nameless_file, reflink_support};
+pub use persist::{DiskManifest, LAYER_COUNT_MAX, LayerManifest};
+pub use qcow2::Qcow2Header;
 pub use scratch::{SCRATCH_SIZE_MAX, SCRATCH_SIZE_MIN, ScratchDisk, ScratchStore, find_mkfs};

@@ -1,0 +1,322 @@
+//! Branching disks: freezing the state of one that is in use, and making disks from that state.
+//!
+//! Three ways, [`DiskStore`] is what they have in common. Which one fits is for [`choose`] to say.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::clone::{reflink, sparse_copy};
+use crate::disk::{Disk, FrozenDisk, Layer, LayerFormat, read_only};
+use crate::error::StorageError;
+use crate::host::{nameless_file, reflink_support};
+use crate::qcow2;
+
+/// A way to branch disks.
+///
+/// Disks and frozen disks of one store can be given to another: they are files and formats, and say
+/// all that is needed.
+pub trait DiskStore: fmt::Debug + Send + Sync {
+    /// Which way it is.
+    fn method(&self) -> BranchMethod;
+
+    /// Makes ready what freezing a disk needs. The disk is in use meanwhile, and a disk that is
+    /// prepared and not frozen has lost nothing.
+    ///
+    /// # Errors
+    ///
+    /// The store's directory is gone, full or can not be written to.
+    fn prepare(&self, disk: &Disk) -> Result<Prepared, StorageError>;
+
+    /// Freezes the state that the disk has now. Whoever writes to it must be stopped, with everything
+    /// written to the files (QEMU does so when it stops a VM).
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare). The disk is as it was, and can be gone on with.
+    fn freeze(&self, prepared: Prepared) -> Result<Frozen, StorageError>;
+
+    /// Makes a disk that begins with a frozen state.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare).
+    fn branch(&self, frozen: &FrozenDisk) -> Result<Disk, StorageError>;
+}
+
+/// How a store branches disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BranchMethod {
+    /// A file shares its blocks with another until one of the two is written, ioctl_ficlone(2).
+    Reflink,
+    /// A file holds what differs from the files below it.
+    Overlay,
+    /// The bytes are copied.
+    Copy,
+}
+
+impl BranchMethod {
+    /// `reflink`, `overlay` or `copy`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reflink => "reflink",
+            Self::Overlay => "overlay",
+            Self::Copy => "copy",
+        }
+    }
+
+    /// What the user should know of this way.
+    pub fn warning(self) -> Option<&'static str> {
+        match self {
+            Self::Reflink | Self::Overlay => None,
+            Self::Copy => Some(
+                "each clone's disk is a copy of the source's, which takes time and space: a data \
+                 directory on btrfs, XFS or ZFS shares what is the same",
+            ),
+        }
+    }
+}
+
+/// What freezing a disk needs, made ahead.
+#[derive(Debug)]
+pub struct Prepared {
+    below: Vec<Layer>,
+    top: Layer,
+    size_bytes: u64,
+    /// A new file of the same disk, for reading and writing.
+    spare: File,
+    /// The file that will be part of the frozen disk, for reading alone.
+    frozen: File,
+}
+
+/// A disk that was frozen.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Its state.
+    pub frozen_disk: FrozenDisk,
+    /// What the disk's VM has to go on with, before it writes anything: the file that it wrote to is
+    /// part of the frozen state now. `None` where it goes on with what it has.
+    pub continue_on: Option<Disk>,
+}
+
+/// The best way for files in `directory`, which is created where it is missing. `raw_only` is for
+/// hypervisors that read no other format than raw bytes.
+///
+/// # Errors
+///
+/// No file can be written there.
+pub fn choose(directory: &Path, raw_only: bool) -> Result<Box<dyn DiskStore>, StorageError> {
+    std::fs::create_dir_all(directory)
+        .map_err(|source| StorageError::from_io("keep disks", directory, source))?;
+    let directory = directory.to_owned();
+    Ok(if reflink_support(&directory)? {
+        Box::new(ReflinkStore {
+            directory,
+            raw_only,
+        })
+    } else if raw_only {
+        Box::new(CopyStore { directory })
+    } else {
+        Box::new(OverlayStore { directory })
+    })
+}
+
+/// [`BranchMethod::Reflink`].
+#[derive(Debug, Clone)]
+pub struct ReflinkStore {
+    directory: PathBuf,
+    raw_only: bool,
+}
+
+/// [`BranchMethod::Overlay`].
+#[derive(Debug, Clone)]
+pub struct OverlayStore {
+    directory: PathBuf,
+}
+
+/// [`BranchMethod::Copy`].
+#[derive(Debug, Clone)]
+pub struct CopyStore {
+    directory: PathBuf,
+}
+
+impl OverlayStore {
+    /// Overlays in `directory`.
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+}
+
+impl CopyStore {
+    /// Copies in `directory`.
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+}
+
+impl DiskStore for ReflinkStore {
+    fn method(&self) -> BranchMethod {
+        BranchMethod::Reflink
+    }
+
+    fn prepare(&self, disk: &Disk) -> Result<Prepared, StorageError> {
+        let failed = |source| StorageError::from_io(FREEZE, &self.directory, source);
+        // The kernel writes a file out before it shares its blocks: now, rather than in the pause.
+        disk.split().1.file.sync_data().map_err(failed)?;
+        prepare_copy(&self.directory, disk)
+    }
+
+    fn freeze(&self, prepared: Prepared) -> Result<Frozen, StorageError> {
+        freeze_copy(&self.directory, prepared, |source, target| {
+            if !reflink(source, target)? {
+                sparse_copy(source, target)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn branch(&self, frozen: &FrozenDisk) -> Result<Disk, StorageError> {
+        let (below, top) = frozen.split();
+        let failed = |source| StorageError::from_io(BRANCH, &self.directory, source);
+        let file = nameless_file(&self.directory).map_err(failed)?;
+        if reflink(&top.file, &file).map_err(failed)? {
+            return Ok(new_disk(below, file, top.format, frozen.size_bytes()));
+        }
+        // The frozen disk is on another file system.
+        if self.raw_only {
+            CopyStore::new(self.directory.clone()).branch(frozen)
+        } else {
+            OverlayStore::new(self.directory.clone()).branch(frozen)
+        }
+    }
+}
+
+impl DiskStore for OverlayStore {
+    fn method(&self) -> BranchMethod {
+        BranchMethod::Overlay
+    }
+
+    fn prepare(&self, disk: &Disk) -> Result<Prepared, StorageError> {
+        let (below, top) = disk.split();
+        let failed = |source| StorageError::from_io(FREEZE, &self.directory, source);
+        Ok(Prepared {
+            below: below.to_vec(),
+            top: top.clone(),
+            size_bytes: disk.size_bytes(),
+            spare: self.overlay(disk.size_bytes()).map_err(failed)?,
+            frozen: read_only(&top.file).map_err(failed)?,
+        })
+    }
+
+    fn freeze(&self, prepared: Prepared) -> Result<Frozen, StorageError> {
+        let Prepared {
+            mut below,
+            top,
+            size_bytes,
+            spare,
+            frozen,
+        } = prepared;
+        below.push(layer(frozen, top.format));
+        Ok(Frozen {
+            continue_on: Some(new_disk(&below, spare, LayerFormat::Qcow2, size_bytes)),
+            frozen_disk: FrozenDisk::new(below, size_bytes),
+        })
+    }
+
+    fn branch(&self, frozen: &FrozenDisk) -> Result<Disk, StorageError> {
+        let size_bytes = frozen.size_bytes();
+        let file = self
+            .overlay(size_bytes)
+            .map_err(|source| StorageError::from_io(BRANCH, &self.directory, source))?;
+        Ok(new_disk(
+            frozen.layers(),
+            file,
+            LayerFormat::Qcow2,
+            size_bytes,
+        ))
+    }
+}
+
+impl OverlayStore {
+    fn overlay(&self, size_bytes: u64) -> io::Result<File> {
+        let file = nameless_file(&self.directory)?;
+        qcow2::write_empty(&file, size_bytes)?;
+        Ok(file)
+    }
+}
+
+impl DiskStore for CopyStore {
+    fn method(&self) -> BranchMethod {
+        BranchMethod::Copy
+    }
+
+    fn prepare(&self, disk: &Disk) -> Result<Prepared, StorageError> {
+        prepare_copy(&self.directory, disk)
+    }
+
+    fn freeze(&self, prepared: Prepared) -> Result<Frozen, StorageError> {
+        freeze_copy(&self.directory, prepared, sparse_copy)
+    }
+
+    fn branch(&self, frozen: &FrozenDisk) -> Result<Disk, StorageError> {
+        let (below, top) = frozen.split();
+        let failed = |source| StorageError::from_io(BRANCH, &self.directory, source);
+        let file = nameless_file(&self.directory).map_err(failed)?;
+        sparse_copy(&top.file, &file).map_err(failed)?;
+        Ok(new_disk(below, file, top.format, frozen.size_bytes()))
+    }
+}
+
+const FREEZE: &str = "freeze a disk";
+const BRANCH: &str = "make the disk of a clone";
+
+fn prepare_copy(directory: &Path, disk: &Disk) -> Result<Prepared, StorageError> {
+    let (below, top) = disk.split();
+    let files = || {
+        let spare = nameless_file(directory)?;
+        let frozen = read_only(&spare)?;
+        Ok((spare, frozen))
+    };
+    let (spare, frozen) =
+        files().map_err(|source| StorageError::from_io(FREEZE, directory, source))?;
+    Ok(Prepared {
+        below: below.to_vec(),
+        top: top.clone(),
+        size_bytes: disk.size_bytes(),
+        spare,
+        frozen,
+    })
+}
+
+fn freeze_copy(
+    directory: &Path,
+    prepared: Prepared,
+    copy: impl FnOnce(&File, &File) -> io::Result<()>,
+) -> Result<Frozen, StorageError> {
+    let Prepared {
+        mut below,
+        top,
+        size_bytes,
+        spare,
+        frozen,
+    } = prepared;
+    copy(&top.file, &spare).map_err(|source| StorageError::from_io(FREEZE, directory, source))?;
+    below.push(layer(frozen, top.format));
+    Ok(Frozen {
+        frozen_disk: FrozenDisk::new(below, size_bytes),
+        continue_on: None,
+    })
+}
+
+fn layer(file: File, format: LayerFormat) -> Layer {
+    Layer {
+        file: Arc::new(file),
+        format,
+    }
+}
+
+fn new_disk(below: &[Layer], file: File, format: LayerFormat, size_bytes: u64) -> Disk {
+    Disk::new(below, layer(file, format), size_bytes)
+}

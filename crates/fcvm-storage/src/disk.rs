@@ -1,0 +1,176 @@
+//! What a VM's writable disk consists of: files, one upon the other.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+/// How the bytes of a disk lie in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerFormat {
+    /// As they are.
+    Raw,
+    /// qcow2, version 3. What it does not have shows from the layer below. It names no other file, so
+    /// the hypervisor has to be told of that layer.
+    Qcow2,
+}
+
+/// A file of a disk. A clone of it is the same file.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    /// Open for reading alone, but for the last layer of a [`Disk`]. It may have no name.
+    pub file: Arc<File>,
+    /// How to read it.
+    pub format: LayerFormat,
+}
+
+/// A disk that one VM writes to.
+///
+/// It is not `Clone`, and nothing makes one from files that another has: no two of them ever have
+/// the same last layer. Its own file has no name, so that it ends with the processes that have it open.
+#[derive(Debug)]
+pub struct Disk {
+    layers: Vec<Layer>,
+    size_bytes: u64,
+}
+
+/// The state of a disk at one instant, which nobody changes any more. A clone of it is the same state.
+#[derive(Debug, Clone)]
+pub struct FrozenDisk {
+    layers: Vec<Layer>,
+    size_bytes: u64,
+}
+
+/// Space that a disk takes on the host, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskUsage {
+    /// Of its own file: what goes when it goes. Where files share blocks (reflink) this includes what
+    /// is shared with the disk's origin.
+    pub own_bytes: u64,
+    /// Of the layers below, which other disks may have too.
+    pub below_bytes: u64,
+}
+
+impl Disk {
+    /// A disk in one file of raw bytes, open for reading and writing, that no other disk has.
+    ///
+    /// # Errors
+    ///
+    /// The file can not be looked at.
+    pub fn raw(file: File) -> io::Result<Self> {
+        let size_bytes = file.metadata()?.len();
+        let top = Layer {
+            file: Arc::new(file),
+            format: LayerFormat::Raw,
+        };
+        Ok(Self {
+            layers: vec![top],
+            size_bytes,
+        })
+    }
+
+    pub(crate) fn new(below: &[Layer], top: Layer, size_bytes: u64) -> Self {
+        let mut layers = below.to_vec();
+        layers.push(top);
+        Self { layers, size_bytes }
+    }
+
+    /// Its files, the lowest first. The last one is open for writing, and this disk's alone.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Size that the guest sees.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Number of layers, at least 1. Each costs the guest's reads a look, and the hypervisor memory.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Space that it takes now.
+    ///
+    /// # Errors
+    ///
+    /// A file can not be looked at.
+    pub fn usage(&self) -> io::Result<DiskUsage> {
+        let (below, top) = self.split();
+        Ok(DiskUsage {
+            own_bytes: allocated_bytes(&top.file)?,
+            below_bytes: sum_allocated(below)?,
+        })
+    }
+
+    /// The layers below the last one, and that.
+    pub(crate) fn split(&self) -> (&[Layer], &Layer) {
+        split(&self.layers)
+    }
+}
+
+impl FrozenDisk {
+    pub(crate) fn new(layers: Vec<Layer>, size_bytes: u64) -> Self {
+        Self { layers, size_bytes }
+    }
+
+    /// Its files, the lowest first, all open for reading alone.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Size that a guest sees.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Number of layers, at least 1.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Space that its files take.
+    ///
+    /// # Errors
+    ///
+    /// A file can not be looked at.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        sum_allocated(&self.layers)
+    }
+
+    pub(crate) fn split(&self) -> (&[Layer], &Layer) {
+        split(&self.layers)
+    }
+}
+
+/// Disks have at least one layer: [`Disk::raw`] and [`Disk::new`] give them one, and what is opened
+/// from a manifest is checked.
+fn split(layers: &[Layer]) -> (&[Layer], &Layer) {
+    let last = layers.len() - 1;
+    (&layers[..last], &layers[last])
+}
+
+fn sum_allocated(layers: &[Layer]) -> io::Result<u64> {
+    layers
+        .iter()
+        .map(|layer| allocated_bytes(&layer.file))
+        .sum()
+}
+
+/// Bytes of the medium that a file takes.
+pub(crate) fn allocated_bytes(file: &File) -> io::Result<u64> {
+    Ok(file.metadata()?.blocks() * 512)
+}
+
+/// The same file, open for reading alone: through that descriptor nobody can write, whatever the
+/// process that inherits it does, and QEMU asks for just such a one where a layer is read-only.
+pub(crate) fn read_only(file: &File) -> io::Result<File> {
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(own, flags, Mode::empty())?.into())
+}
