@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
+use fiemap::{Fiemap, FiemapExtentFlags};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
@@ -49,11 +50,11 @@ pub struct FrozenDisk {
 /// Space that a disk takes on the host, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskUsage {
-    /// Of its own file: what goes when it goes. Where files share blocks (reflink) this includes what
-    /// is shared with the disk's origin.
+    /// What it alone takes, and what is free again when it goes.
     pub own_bytes: u64,
-    /// Of the layers below, which other disks may have too.
-    pub below_bytes: u64,
+    /// What it shares with the state that it was made from, and may share with others: layers below,
+    /// and blocks of its own file that are another's too (reflink).
+    pub shared_bytes: u64,
 }
 
 impl Disk {
@@ -102,9 +103,11 @@ impl Disk {
     /// A file can not be looked at.
     pub fn usage(&self) -> io::Result<DiskUsage> {
         let (below, top) = self.split();
+        let top_bytes = allocated_bytes(&top.file)?;
+        let shared_bytes = shared_bytes(&top.file).min(top_bytes);
         Ok(DiskUsage {
-            own_bytes: allocated_bytes(&top.file)?,
-            below_bytes: sum_allocated(below)?,
+            own_bytes: top_bytes - shared_bytes,
+            shared_bytes: shared_bytes + sum_allocated(below)?,
         })
     }
 
@@ -165,6 +168,16 @@ fn sum_allocated(layers: &[Layer]) -> io::Result<u64> {
 /// Bytes of the medium that a file takes.
 pub(crate) fn allocated_bytes(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
+}
+
+/// Bytes of a file in blocks that are other files' too: none where the file system does not tell, as
+/// those without such blocks do not.
+fn shared_bytes(file: &File) -> u64 {
+    Fiemap::new(file)
+        .map_while(Result::ok)
+        .filter(|extent| extent.fe_flags.contains(FiemapExtentFlags::SHARED))
+        .map(|extent| extent.fe_length)
+        .sum()
 }
 
 /// The same file, open for reading alone: through that descriptor nobody can write, whatever the

@@ -246,3 +246,291 @@ fn overlays_and_copies_anywhere() {
     let copies = tempfile::tempdir().unwrap();
     all_of_it(&CopyStore::new(copies.path().to_owned()), copies.path());
 }
+
+/// Names the directory to a child that runs one test on a file system of its own.
+const MOUNTED: &str = "FCVM_TEST_MOUNTED";
+
+/// Runs a test of this program again with a file system mounted, which ends with the child's mount
+/// namespace. `script` mounts it at `$2`; `$1` is a file that it may use.
+fn again_on(test: &str, user: bool, script: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let mount = directory.path().join("mount");
+    std::fs::create_dir(&mount).unwrap();
+    let image = directory.path().join("image");
+    File::create(&image).unwrap().set_len(512 << 20).unwrap();
+    let namespaces: &[&str] = if user {
+        &["--user", "--map-root-user", "--mount"]
+    } else {
+        &["--mount"]
+    };
+    let script = format!("{{ {script}; }} >/dev/null || exit 77; exec \"$3\" --exact {test}");
+    let output = Command::new("unshare")
+        .args(namespaces)
+        .args(["sh", "-c", &script, "sh"])
+        .args([&image, &mount, &std::env::current_exe().unwrap()])
+        .env(MOUNTED, &mount)
+        .output();
+    match output {
+        Ok(output) if output.status.code() == Some(101) || output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stdout);
+            let passed = output.status.success() && text.contains("1 passed");
+            assert!(passed, "{text} {}", String::from_utf8_lossy(&output.stderr));
+        }
+        _ => println!("skipped: '{script}' works for root and with its programs alone"),
+    }
+}
+
+fn mounted() -> Option<PathBuf> {
+    std::env::var_os(MOUNTED).map(PathBuf::from)
+}
+
+#[test]
+fn blocks_are_shared_where_the_file_system_can() {
+    if !have_qemu() {
+        return;
+    }
+    let Some(directory) = mounted() else {
+        let name = "blocks_are_shared_where_the_file_system_can";
+        again_on(
+            name,
+            false,
+            "mkfs.xfs -q -m reflink=1 \"$1\" && mount -o loop \"$1\" \"$2\"",
+        );
+        again_on(
+            name,
+            false,
+            "mkfs.btrfs -q \"$1\" && mount -o loop \"$1\" \"$2\"",
+        );
+        return;
+    };
+    let store = choose(&directory.join("disks"), false).unwrap();
+    assert_eq!(store.method(), BranchMethod::Reflink);
+    all_of_it(&*store, &directory.join("disks"));
+    let firecracker = choose(&directory.join("raw"), true).unwrap();
+    assert_eq!(firecracker.method(), BranchMethod::Reflink);
+
+    // What is the same takes no space, and what is not is told.
+    let disk = raw_disk(&directory.join("raw"));
+    write(&disk, 1, 0, 4 << 20);
+    let (state, disk) = freeze(&*firecracker, disk);
+    let clone = firecracker.branch(&state).unwrap();
+    assert!(
+        clone
+            .layers()
+            .iter()
+            .all(|layer| layer.format == LayerFormat::Raw)
+    );
+    write(&clone, 2, 1 << 20, 1 << 20);
+    for disk in [&disk, &clone] {
+        disk.layers()[0].file.sync_all().unwrap();
+    }
+    let usage = disk.usage().unwrap();
+    assert!(
+        usage.own_bytes < 64 << 10 && usage.shared_bytes >= 4 << 20,
+        "{usage:?}"
+    );
+    let usage = clone.usage().unwrap();
+    assert!((1 << 20..5 << 18).contains(&usage.own_bytes), "{usage:?}");
+
+    // A snapshot that is on another file system is not copied for a clone, but lies below it.
+    let elsewhere = tempfile::tempdir_in(directory.parent().unwrap()).unwrap();
+    let manifest = state.persist(elsewhere.path(), "disk").unwrap();
+    manifest.verify(elsewhere.path()).unwrap();
+    let state = FrozenDisk::open(elsewhere.path(), &manifest).unwrap();
+    let clone = store.branch(&state).unwrap();
+    assert_eq!(clone.depth(), 2);
+    write(&clone, 3, 0, 512);
+    let clone = firecracker.branch(&state).unwrap();
+    assert_eq!(clone.depth(), 1);
+    write(&clone, 3, 0, 512);
+    assert_eq!(content(state.layers())[0], 1);
+}
+
+/// A tmpfs, which an ordinary user can have in a namespace.
+#[test]
+fn full_and_read_only_file_systems() {
+    let Some(directory) = mounted() else {
+        let name = "full_and_read_only_file_systems";
+        again_on(name, true, "mount -t tmpfs -o size=1m fcvm-test \"$2\"");
+        again_on(name, true, "mount -t tmpfs -o ro fcvm-test \"$2\"");
+        return;
+    };
+    let elsewhere = tempfile::tempdir_in(directory.parent().unwrap()).unwrap();
+    let disk = raw_disk(elsewhere.path());
+    let bytes = vec![7; 2 << 20];
+    disk.layers()[0].file.write_all_at(&bytes, 0).unwrap();
+    let overlays = OverlayStore::new(directory.clone());
+    let copies = CopyStore::new(directory.clone());
+    let (state, disk) = freeze(&OverlayStore::new(elsewhere.path().to_owned()), disk);
+    if File::create(directory.join("filler")).is_err() {
+        for error in [
+            overlays.prepare(&disk).unwrap_err(),
+            copies.branch(&state).unwrap_err(),
+            choose(&directory, false).unwrap_err(),
+            state.persist(&directory, "disk").unwrap_err(),
+        ] {
+            assert!(matches!(error, StorageError::NotWritable { .. }), "{error}");
+        }
+        return;
+    }
+    for error in [
+        copies.branch(&state).unwrap_err(),
+        copies
+            .freeze(copies.prepare(&disk).unwrap())
+            .map(drop)
+            .err()
+            .unwrap_or_else(|| {
+                // The overlay is small enough; the state below it is not.
+                copies.branch(&state).unwrap_err()
+            }),
+        state.persist(&directory, "disk").unwrap_err(),
+    ] {
+        assert!(matches!(error, StorageError::Full { .. }), "{error}");
+        assert!(!error.to_string().contains('\n'), "{error}");
+    }
+    assert_eq!(names(&directory), ["filler"]);
+    overlays.prepare(&disk).unwrap();
+    let filler = File::create(directory.join("filler")).unwrap();
+    assert!(filler.write_all_at(&bytes, 0).is_err());
+    for error in [
+        overlays.prepare(&disk).unwrap_err(),
+        overlays.branch(&state).unwrap_err(),
+        choose(&directory, false).unwrap_err(),
+    ] {
+        assert!(matches!(error, StorageError::Full { .. }), "{error}");
+    }
+    // The source is as it was.
+    let mut first = [0; 4];
+    state.layers()[0].file.read_exact_at(&mut first, 0).unwrap();
+    assert_eq!(first, [7; 4]);
+}
+
+#[test]
+fn directory_that_vanishes_or_refuses() {
+    let directory = tempfile::tempdir().unwrap();
+    let disks = directory.path().join("disks");
+    let store = choose(&disks, false).unwrap();
+    let disk = raw_disk(&disks);
+    let (state, disk) = freeze(&*store, disk);
+    let prepared = store.prepare(&disk).unwrap();
+    std::fs::remove_dir_all(&disks).unwrap();
+    // What was prepared needs the directory no more.
+    store.freeze(prepared).unwrap();
+    for error in [
+        store.prepare(&disk).unwrap_err(),
+        store.branch(&state).unwrap_err(),
+        state.persist(&disks, "disk").unwrap_err(),
+    ] {
+        assert!(matches!(error, StorageError::Gone { .. }), "{error}");
+        assert!(
+            error.to_string().contains("the directory is gone"),
+            "{error}"
+        );
+    }
+    if rustix::process::geteuid().is_root() {
+        println!("skipped: root may write to every directory");
+        return;
+    }
+    let locked = std::fs::Permissions::from_mode(0o500);
+    std::fs::set_permissions(directory.path(), locked).unwrap();
+    let error = choose(&disks, false).unwrap_err();
+    assert!(matches!(error, StorageError::NotWritable { .. }), "{error}");
+}
+
+#[test]
+fn second_name_where_there_is_one_already() {
+    let directory = tempfile::tempdir().unwrap();
+    let (first, second) = (
+        directory.path().join("first"),
+        directory.path().join("second"),
+    );
+    std::fs::create_dir(&first).unwrap();
+    std::fs::create_dir(&second).unwrap();
+    let store = OverlayStore::new(directory.path().to_owned());
+    let (state, disk) = freeze(&store, raw_disk(directory.path()));
+    let parent = state.persist(&first, "disk").unwrap();
+    // A snapshot of a clone: what its parent keeps is kept once.
+    let clone = store
+        .branch(&FrozenDisk::open(&first, &parent).unwrap())
+        .unwrap();
+    let (state, _clone) = freeze(&store, clone);
+    let child = state.persist(&second, "disk").unwrap();
+    let inode = |path: PathBuf| path.metadata().unwrap().ino();
+    assert_eq!(
+        inode(first.join("disk-0.raw")),
+        inode(second.join("disk-0.raw"))
+    );
+    assert_eq!(child.layers[1].file, "disk-1.qcow2");
+    // The parent can go.
+    std::fs::remove_dir_all(&first).unwrap();
+    child.verify(&second).unwrap();
+    // Once more changes nothing; under a name that is another's it is refused and taken back.
+    assert_eq!(state.persist(&second, "disk").unwrap(), child);
+    let (other, _disk) = freeze(&store, disk);
+    std::fs::write(second.join("other-1.qcow2"), b"not ours").unwrap();
+    let error = other.persist(&second, "other").unwrap_err();
+    assert!(error.to_string().contains("File exists"), "{error}");
+    assert_eq!(
+        names(&second),
+        ["disk-0.raw", "disk-1.qcow2", "other-1.qcow2"]
+    );
+    assert!(other.persist(&second, "../up").is_err());
+}
+
+#[test]
+fn damage_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let kept = directory.path().join("kept");
+    std::fs::create_dir(&kept).unwrap();
+    let store = OverlayStore::new(directory.path().to_owned());
+    let (_, disk) = freeze(&store, raw_disk(directory.path()));
+    let (state, _disk) = freeze(&store, disk);
+    let manifest = state.persist(&kept, "disk").unwrap();
+    let base = File::options()
+        .write(true)
+        .open(kept.join("disk-0.raw"))
+        .unwrap();
+    let overlay = File::options()
+        .write(true)
+        .open(kept.join("disk-1.qcow2"))
+        .unwrap();
+    let damaged = |manifest: &DiskManifest, file: &str, reason: &str| {
+        let error = manifest.verify(&kept).unwrap_err().to_string();
+        assert!(error.contains(file) && error.contains(reason), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    };
+    base.write_all_at(&[1], 5_000_000).unwrap();
+    damaged(&manifest, "disk-0.raw", "CRC-32C");
+    FrozenDisk::open(&kept, &manifest).unwrap();
+    base.write_all_at(&[0], 5_000_000).unwrap();
+    manifest.verify(&kept).unwrap();
+    // A name of a file to lie on, which a program would follow that does not know better.
+    overlay.write_all_at(&[1], 15).unwrap();
+    damaged(&manifest, "disk-1.qcow2", "names another file");
+    overlay.write_all_at(&[0], 15).unwrap();
+    overlay.write_all_at(&[1], 30).unwrap();
+    damaged(&manifest, "disk-1.qcow2", "not of 8388608");
+    overlay.write_all_at(&[0x80, 0], 29).unwrap();
+    manifest.verify(&kept).unwrap();
+    overlay.write_all_at(b"R", 0).unwrap();
+    damaged(&manifest, "disk-1.qcow2", "not a qcow2");
+    base.set_len(DISK_BYTES + 1).unwrap();
+    damaged(&manifest, "disk-0.raw", "8388609 bytes");
+    std::fs::remove_file(kept.join("disk-0.raw")).unwrap();
+    damaged(&manifest, "disk-0.raw", "missing");
+    std::os::unix::fs::symlink("/etc/passwd", kept.join("disk-0.raw")).unwrap();
+    damaged(&manifest, "disk-0.raw", "symbolic link");
+    let change = |change: &dyn Fn(&mut DiskManifest)| {
+        let mut changed = manifest.clone();
+        change(&mut changed);
+        changed
+    };
+    damaged(
+        &change(&|m| m.layers[0].file = "../disk-0.raw".into()),
+        "kept",
+        "not a file name",
+    );
+    damaged(&change(&|m| m.layers.clear()), "kept", "0 layers");
+    let many = change(&|m| m.layers = vec![m.layers[0].clone(); 65]);
+    damaged(&many, "kept", "65 layers");
+}
