@@ -44,6 +44,21 @@ pub trait DiskStore: fmt::Debug + Send + Sync {
     ///
     /// As [`prepare`](Self::prepare).
     fn branch(&self, frozen: &FrozenDisk) -> Result<Disk, StorageError>;
+
+    /// Makes a disk that will begin with a state which is yet to be frozen, [`Prepared::expected`]: a
+    /// hypervisor can open it, and must read it only after [`fill`](Self::fill).
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare).
+    fn branch_ahead(&self, expected: &FrozenDisk) -> Result<Disk, StorageError>;
+
+    /// Gives a disk that was made ahead the state, once that is frozen.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare).
+    fn fill(&self, disk: &Disk, frozen: &FrozenDisk) -> Result<(), StorageError>;
 }
 
 /// How a store branches disks.
@@ -89,6 +104,16 @@ pub struct Prepared {
     spare: File,
     /// The file that will be part of the frozen disk, for reading alone.
     frozen: File,
+}
+
+impl Prepared {
+    /// The frozen disk as it will be: its files, some of which get their content when the disk is
+    /// frozen.
+    pub fn expected(&self) -> io::Result<FrozenDisk> {
+        let mut layers = self.below.clone();
+        layers.push(layer(self.frozen.try_clone()?, self.top.format));
+        Ok(FrozenDisk::new(layers, self.size_bytes))
+    }
 }
 
 /// A disk that was frozen.
@@ -191,6 +216,21 @@ impl DiskStore for ReflinkStore {
             OverlayStore::new(self.directory.clone()).branch(frozen)
         }
     }
+
+    fn branch_ahead(&self, expected: &FrozenDisk) -> Result<Disk, StorageError> {
+        empty_like(&self.directory, expected)
+    }
+
+    fn fill(&self, disk: &Disk, frozen: &FrozenDisk) -> Result<(), StorageError> {
+        let (source, target) = (&frozen.split().1.file, &disk.split().1.file);
+        let fill = || -> io::Result<()> {
+            if !reflink(source, target)? {
+                sparse_copy(source, target)?;
+            }
+            Ok(())
+        };
+        fill().map_err(|source| StorageError::from_io(BRANCH, &self.directory, source))
+    }
 }
 
 impl DiskStore for OverlayStore {
@@ -237,6 +277,14 @@ impl DiskStore for OverlayStore {
             size_bytes,
         ))
     }
+
+    fn branch_ahead(&self, expected: &FrozenDisk) -> Result<Disk, StorageError> {
+        self.branch(expected)
+    }
+
+    fn fill(&self, _disk: &Disk, _frozen: &FrozenDisk) -> Result<(), StorageError> {
+        Ok(())
+    }
 }
 
 impl OverlayStore {
@@ -267,15 +315,43 @@ impl DiskStore for CopyStore {
         sparse_copy(&top.file, &file).map_err(failed)?;
         Ok(new_disk(below, file, top.format, frozen.size_bytes()))
     }
+
+    fn branch_ahead(&self, expected: &FrozenDisk) -> Result<Disk, StorageError> {
+        empty_like(&self.directory, expected)
+    }
+
+    fn fill(&self, disk: &Disk, frozen: &FrozenDisk) -> Result<(), StorageError> {
+        sparse_copy(&frozen.split().1.file, &disk.split().1.file)
+            .map_err(|source| StorageError::from_io(BRANCH, &self.directory, source))
+    }
 }
 
 const FREEZE: &str = "freeze a disk";
 const BRANCH: &str = "make the disk of a clone";
 
+/// A disk over the same layers, its own file empty and of the format of the frozen disk's last.
+fn empty_like(directory: &Path, frozen: &FrozenDisk) -> Result<Disk, StorageError> {
+    let (below, top) = frozen.split();
+    let size_bytes = frozen.size_bytes();
+    let file = empty_file(directory, top.format, size_bytes)
+        .map_err(|source| StorageError::from_io(BRANCH, directory, source))?;
+    Ok(new_disk(below, file, top.format, size_bytes))
+}
+
+/// A file that a hypervisor can open.
+fn empty_file(directory: &Path, format: LayerFormat, size_bytes: u64) -> io::Result<File> {
+    let file = nameless_file(directory)?;
+    match format {
+        LayerFormat::Raw => file.set_len(size_bytes)?,
+        LayerFormat::Qcow2 => qcow2::write_empty(&file, size_bytes)?,
+    }
+    Ok(file)
+}
+
 fn prepare_copy(directory: &Path, disk: &Disk) -> Result<Prepared, StorageError> {
     let (below, top) = disk.split();
     let files = || {
-        let spare = nameless_file(directory)?;
+        let spare = empty_file(directory, top.format, disk.size_bytes())?;
         let frozen = read_only(&spare)?;
         Ok((spare, frozen))
     };

@@ -118,6 +118,26 @@ impl Disk {
 }
 
 impl FrozenDisk {
+    /// The state in files that another process has frozen and handed on, the lowest first.
+    ///
+    /// # Errors
+    ///
+    /// There is no file, or one cannot be opened for reading alone.
+    pub fn from_layers(layers: Vec<(File, LayerFormat)>, size_bytes: u64) -> io::Result<Self> {
+        if layers.is_empty() {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        let read_only = |(file, format): (File, LayerFormat)| {
+            let file = Arc::new(read_only(&file)?);
+            Ok(Layer { file, format })
+        };
+        let layers = layers
+            .into_iter()
+            .map(read_only)
+            .collect::<io::Result<_>>()?;
+        Ok(Self { layers, size_bytes })
+    }
+
     pub(crate) fn new(layers: Vec<Layer>, size_bytes: u64) -> Self {
         Self { layers, size_bytes }
     }

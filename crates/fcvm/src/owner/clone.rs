@@ -3,7 +3,7 @@
 //! Everything that takes time and does not need the source's state is done before it is asked for.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context as _, bail};
@@ -11,6 +11,7 @@ use fcvm_hypervisor::qemu::{DEVICE_STATE_BYTES_MAX, DeviceLine, DeviceState};
 use fcvm_hypervisor::{Accelerator, Pause};
 use fcvm_memory::page_file::anonymous_file;
 use fcvm_memory::{GuestMapping, PageFile};
+use fcvm_storage::{FrozenDisk, LayerFormat};
 use fcvm_types::guest::ClonePlan;
 use fcvm_types::record::{Lineage, VmState};
 use fcvm_wire::Mark;
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::freeze::Frozen;
 use super::link::AgentLink;
-use super::machine::{self, Foundation, Prepared};
+use super::machine::{self, Foundation, Prepared, Template};
 use super::spec::VmSpec;
 use super::{Built, Entry, Sockets, Stopwatch, boot};
 use crate::context::Context;
@@ -34,11 +35,20 @@ pub(crate) struct Assignment {
     pub(crate) lineage: Lineage,
 }
 
-/// Second message: what the clone is made on. Descriptors: the memory.
+/// Second message: what the clone is made on. Descriptors: the memory, then the files of the disk.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Offer {
     pub(crate) accelerator: Accelerator,
     pub(crate) device_line: DeviceLine,
+    pub(crate) disk: Option<DiskOffer>,
+}
+
+/// The disk that a clone is made on.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct DiskOffer {
+    /// Formats of its files, the lowest first.
+    pub(crate) layers: Vec<LayerFormat>,
+    pub(crate) size_bytes: u64,
 }
 
 /// The clone's answer: its process waits.
@@ -52,8 +62,6 @@ pub(crate) struct StateMessage {
     pub(crate) mark: Mark,
     /// A page file over the memory follows.
     pub(crate) has_difference: bool,
-    /// The disk's content follows.
-    pub(crate) has_scratch: bool,
 }
 
 /// Where a clone gets its state.
@@ -67,7 +75,27 @@ struct Arrived {
     mark: Mark,
     device: DeviceState,
     difference: Option<File>,
-    scratch: Option<File>,
+}
+
+/// Tells a clone what it is made on.
+pub(super) fn send_offer(
+    channel: &Handover,
+    accelerator: Accelerator,
+    device_line: &DeviceLine,
+    template: &Template,
+) -> anyhow::Result<()> {
+    let layers = template.disk.as_ref().map_or(&[][..], FrozenDisk::layers);
+    let offer = Offer {
+        accelerator,
+        device_line: device_line.clone(),
+        disk: template.disk.as_ref().map(|disk| DiskOffer {
+            layers: layers.iter().map(|layer| layer.format).collect(),
+            size_bytes: disk.size_bytes(),
+        }),
+    };
+    let mut descriptors = vec![template.memory.as_fd()];
+    descriptors.extend(layers.iter().map(|layer| layer.file.as_fd()));
+    channel.send(&offer, &descriptors)
 }
 
 /// Sends the state of a frozen VM to a clone.
@@ -79,11 +107,9 @@ pub(super) fn send_state(channel: &Handover, frozen: &Frozen, mark: Mark) -> any
     let message = StateMessage {
         mark,
         has_difference: frozen.difference.is_some(),
-        has_scratch: frozen.scratch.is_some(),
     };
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![state.as_fd()];
     descriptors.extend(frozen.difference.as_ref().map(AsFd::as_fd));
-    descriptors.extend(frozen.scratch.as_ref().map(AsFd::as_fd));
     channel.send(&message, &descriptors)
 }
 
@@ -97,9 +123,11 @@ pub(super) async fn build(
 ) -> anyhow::Result<Built> {
     let channel = source.channel;
     let sockets = Sockets::bind(entry)?;
-    let (offer, memory) = take_offer(&channel).await?;
+    let (offer, template) = take_offer(&channel).await?;
+    let expected = template.disk.clone();
     let accelerator = offer.accelerator;
-    let prepared = machine::prepare_clone(context, spec, accelerator, memory, entry, watch).await?;
+    let prepared =
+        machine::prepare_clone(context, spec, accelerator, template, entry, watch).await?;
     let Prepared {
         mut standby,
         foundation,
@@ -115,7 +143,12 @@ pub(super) async fn build(
     channel.send(&Waiting, &[])?;
     let arrived = take_state(&channel).await?;
     watch.lap("state");
-    fill(&foundation, &arrived, standby.vm().identity().pid)?;
+    fill(
+        &foundation,
+        expected.as_ref(),
+        &arrived,
+        standby.vm().identity().pid,
+    )?;
     watch.lap("memory and disk");
     let socket = standby
         .take_agent()
@@ -156,12 +189,25 @@ pub(super) async fn build(
     })
 }
 
-async fn take_offer(channel: &Handover) -> anyhow::Result<(Offer, OwnedFd)> {
+async fn take_offer(channel: &Handover) -> anyhow::Result<(Offer, Template)> {
     let Some((offer, descriptors)) = channel.receive::<Offer>().await? else {
         bail!("the source ended, or gave up the fork");
     };
-    let memory = descriptors.into_iter().next();
-    Ok((offer, memory.context("the source sent no memory")?))
+    let mut descriptors = descriptors.into_iter();
+    let memory = descriptors.next().context("the source sent no memory")?;
+    let disk = match &offer.disk {
+        Some(disk) => {
+            let files = descriptors.map(File::from);
+            let layers: Vec<_> = files.zip(disk.layers.iter().copied()).collect();
+            if layers.len() != disk.layers.len() {
+                bail!("the source sent {} files of its disk", layers.len());
+            }
+            let disk = FrozenDisk::from_layers(layers, disk.size_bytes);
+            Some(disk.context("cannot use the source's disk")?)
+        }
+        None => None,
+    };
+    Ok((offer, Template { memory, disk }))
 }
 
 async fn take_state(channel: &Handover) -> anyhow::Result<Arrived> {
@@ -176,7 +222,6 @@ async fn take_state(channel: &Handover) -> anyhow::Result<Arrived> {
     };
     let state = next("device state")?;
     let difference = message.has_difference.then(|| next("pages")).transpose()?;
-    let scratch = message.has_scratch.then(|| next("disk")).transpose()?;
     let length = state.metadata()?.len().min(DEVICE_STATE_BYTES_MAX + 1);
     let mut bytes = vec![0; usize::try_from(length)?];
     state.read_exact_at(&mut bytes, 0)?;
@@ -184,18 +229,18 @@ async fn take_state(channel: &Handover) -> anyhow::Result<Arrived> {
         mark: message.mark,
         device: DeviceState::from_bytes(bytes)?,
         difference,
-        scratch,
     })
 }
 
 /// Gives the waiting process the disk's content and the pages that differ from the memory below.
-fn fill(foundation: &Foundation, arrived: &Arrived, pid: i32) -> anyhow::Result<()> {
-    match (&arrived.scratch, &foundation.scratch) {
-        (Some(content), Some(disk)) => {
-            fcvm_storage::clone_file(content, disk).context("cannot fill the clone's disk")?;
-        }
-        (None, None) => {}
-        _ => bail!("the source and its clone differ in their disks"),
+fn fill(
+    foundation: &Foundation,
+    frozen: Option<&FrozenDisk>,
+    arrived: &Arrived,
+    pid: i32,
+) -> anyhow::Result<()> {
+    if let (Some(frozen), Some(disk)) = (frozen, &*foundation.scratch.borrow()) {
+        foundation.store.fill(disk, frozen)?;
     }
     if let Some(difference) = &arrived.difference {
         let pages = PageFile::open(difference.try_clone()?)?;

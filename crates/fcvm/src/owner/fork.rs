@@ -1,6 +1,6 @@
 //! The source's side of a fork: clones are asked for, made ready, and given the frozen state.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::rc::Rc;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinSet;
 
-use super::clone::{Offer, Waiting, send_state};
+use super::clone::{Waiting, send_offer, send_state};
 use super::control::check_socket_path;
 use super::vm::RunningVm;
 use crate::handover::Handover;
@@ -131,7 +131,12 @@ async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Option<Vec<(S
         .map(Handover::from_fd)
         .collect::<anyhow::Result<_>>()?;
     let plan = vm.plan_freeze()?;
-    offer(vm, &vm.template(&plan)?, &channels)?;
+    let template = vm.template(&plan)?;
+    let device_line = vm.machine.get().device_line().clone();
+    for channel in &channels {
+        // One whose owner has ended is found out below.
+        let _ = send_offer(channel, vm.foundation.accelerator, &device_line, &template);
+    }
     let (preparation, waiting) = tokio::join!(vm.prepare_freeze(plan), all_waiting(channels));
     let preparation = preparation?;
     if waiting.is_empty() {
@@ -144,18 +149,6 @@ async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Option<Vec<(S
         let _ = send_state(channel, &frozen, mark);
     }
     Ok(Some(frozen.timings_us))
-}
-
-/// Tells each clone what it is made on.
-fn offer(vm: &RunningVm, memory: &OwnedFd, channels: &[Handover]) -> anyhow::Result<()> {
-    let offer = Offer {
-        accelerator: vm.foundation.accelerator,
-        device_line: vm.machine.get().device_line().clone(),
-    };
-    for channel in channels {
-        let _ = channel.send(&offer, &[memory.as_fd()]);
-    }
-    Ok(())
 }
 
 /// Waits until each clone waits, or has ended; gives those that wait.

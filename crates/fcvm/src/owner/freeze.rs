@@ -18,9 +18,10 @@ use fcvm_hypervisor::{GuestMemory, MemoryMapping, NetworkBackend, NetworkSpec, P
 use fcvm_memory::page_file::{anonymous_file, seal};
 use fcvm_memory::{CapturedPages, GuestMapping, PageFile};
 use fcvm_network::ConnectionId;
+use fcvm_storage::{BranchMethod, CopyStore, Disk, DiskStore, FrozenDisk};
 use fcvm_types::record::{Resource, VmState};
 
-use super::machine::QEMU_ROLE;
+use super::machine::{QEMU_ROLE, Template};
 use super::vm::RunningVm;
 
 /// Room that is made for pages which the guest writes between the preparation and the pause.
@@ -33,14 +34,19 @@ pub(super) struct Frozen {
     pub(super) memory: OwnedFd,
     /// Pages over it: a page file.
     pub(super) difference: Option<File>,
-    /// The disk's content; no process writes to it.
-    pub(super) scratch: Option<File>,
+    /// The disk.
+    pub(super) disk: Option<FrozenDisk>,
     /// Microseconds of each stage; those from `stop` to `resume` are the pause.
     pub(super) timings_us: Vec<(String, u64)>,
 }
 
 /// How a VM is to be frozen.
-pub(super) enum Plan {
+pub(super) struct Plan {
+    memory: MemoryPlan,
+    disk: Option<DiskPlan>,
+}
+
+enum MemoryPlan {
     /// The VM goes on in another process, on the present memory.
     Succession,
     /// The VM stays, and its memory is copied to here.
@@ -49,11 +55,22 @@ pub(super) enum Plan {
     Difference,
 }
 
+/// How the disk is to be frozen. Either way its files are known before.
+enum DiskPlan {
+    /// The VM goes on with another file, in the successor.
+    Leave { frozen: FrozenDisk, successor: Disk },
+    /// The VM stays with its file, which is copied or shared in the pause.
+    Copy {
+        store: Box<dyn DiskStore>,
+        prepared: fcvm_storage::Prepared,
+        expected: FrozenDisk,
+    },
+}
+
 /// What was made ready before the pause.
 pub(super) struct Preparation {
     way: Way,
-    /// The disk's copy, still empty.
-    scratch: Option<File>,
+    disk: Option<DiskPlan>,
 }
 
 enum Way {
@@ -73,38 +90,82 @@ impl RunningVm {
     pub(super) fn plan_freeze(&self) -> anyhow::Result<Plan> {
         self.check_running()?;
         let memory = self.foundation.memory.borrow();
-        Ok(match memory.mapping() {
-            MemoryMapping::CopyOnWrite => Plan::Difference,
+        let memory = match memory.mapping() {
+            MemoryMapping::CopyOnWrite => MemoryPlan::Difference,
             MemoryMapping::Shared
                 if self.network.guest.is_some() && self.network.relay.is_none() =>
             {
                 tracing::info!(target: "vm", "QEMU's own network cannot move to another process: the memory is copied");
-                Plan::Copy(anonymous_file("fcvm-guest-memory", memory.size().bytes())?)
+                let size = memory.size().bytes();
+                MemoryPlan::Copy(anonymous_file("fcvm-guest-memory", size)?)
             }
-            MemoryMapping::Shared => Plan::Succession,
+            MemoryMapping::Shared => MemoryPlan::Succession,
+        };
+        let disk = match &*self.foundation.scratch.borrow() {
+            Some(disk) => Some(self.plan_disk(&memory, disk)?),
+            None => None,
+        };
+        Ok(Plan { memory, disk })
+    }
+
+    fn plan_disk(&self, memory: &MemoryPlan, disk: &Disk) -> anyhow::Result<DiskPlan> {
+        let store = &self.foundation.store;
+        let is_overlay = store.method() == BranchMethod::Overlay;
+        if is_overlay && matches!(memory, MemoryPlan::Succession) {
+            // Nothing is copied by this: from the pause on the present file is left alone.
+            let frozen = store.freeze(store.prepare(disk)?)?;
+            let successor = frozen
+                .continue_on
+                .context("the successor has no disk to go on with")?;
+            return Ok(DiskPlan::Leave {
+                frozen: frozen.frozen_disk,
+                successor,
+            });
+        }
+        // A VM that stays in its process stays with its file. Over a frozen one that is what was
+        // written since, and little.
+        let store: Box<dyn DiskStore> = if is_overlay {
+            Box::new(CopyStore::new(self.foundation.disks.clone()))
+        } else {
+            fcvm_storage::choose(&self.foundation.disks, false)?
+        };
+        if let Some(warning) = store.method().warning().filter(|_| !is_overlay) {
+            tracing::warn!(target: "vm", "{warning}");
+        }
+        let prepared = store.prepare(disk)?;
+        let expected = prepared.expected().context("cannot hand the disk on")?;
+        Ok(DiskPlan::Copy {
+            store,
+            prepared,
+            expected,
         })
     }
 
-    /// What clones will map: known before the VM is frozen.
-    pub(super) fn template(&self, plan: &Plan) -> anyhow::Result<OwnedFd> {
-        Ok(match plan {
-            Plan::Copy(copy) => copy.as_fd().try_clone_to_owned()?,
-            Plan::Succession | Plan::Difference => self
+    /// What clones will be made on: known before the VM is frozen.
+    pub(super) fn template(&self, plan: &Plan) -> anyhow::Result<Template> {
+        let memory = match &plan.memory {
+            MemoryPlan::Copy(copy) => copy.as_fd().try_clone_to_owned()?,
+            MemoryPlan::Succession | MemoryPlan::Difference => self
                 .foundation
                 .memory
                 .borrow()
                 .as_fd()
                 .try_clone_to_owned()?,
-        })
+        };
+        let disk = plan.disk.as_ref().map(|disk| match disk {
+            DiskPlan::Leave { frozen, .. } => frozen.clone(),
+            DiskPlan::Copy { expected, .. } => expected.clone(),
+        });
+        Ok(Template { memory, disk })
     }
 
     /// Makes ready what a freeze needs, while the VM runs.
     pub(super) async fn prepare_freeze(&self, plan: Plan) -> anyhow::Result<Preparation> {
         let foundation = &self.foundation;
-        let way = match plan {
-            Plan::Succession => self.prepare_successor().await?,
-            Plan::Copy(copy) => Way::Copy(copy),
-            Plan::Difference => {
+        let way = match plan.memory {
+            MemoryPlan::Succession => self.prepare_successor(plan.disk.as_ref()).await?,
+            MemoryPlan::Copy(copy) => Way::Copy(copy),
+            MemoryPlan::Difference => {
                 let pid = self.machine.identity().pid;
                 let mapping = GuestMapping::find(pid, &*foundation.memory.borrow())?;
                 let bytes: u64 = mapping.private_runs()?.iter().map(|run| run.bytes()).sum();
@@ -115,14 +176,10 @@ impl RunningVm {
                 Way::Difference { mapping, pages }
             }
         };
-        let scratch =
-            match &foundation.scratch {
-                Some(_) => Some(fcvm_storage::nameless_file(&foundation.disks).with_context(
-                    || format!("cannot make a disk in {}", foundation.disks.display()),
-                )?),
-                None => None,
-            };
-        Ok(Preparation { way, scratch })
+        Ok(Preparation {
+            way,
+            disk: plan.disk,
+        })
     }
 
     fn check_running(&self) -> anyhow::Result<()> {
@@ -133,7 +190,7 @@ impl RunningVm {
         }
     }
 
-    async fn prepare_successor(&self) -> anyhow::Result<Way> {
+    async fn prepare_successor(&self, disk: Option<&DiskPlan>) -> anyhow::Result<Way> {
         let foundation = &self.foundation;
         let copy = foundation.memory.borrow().as_fd().try_clone_to_owned()?;
         let memory = GuestMemory::copy_on_write(copy)?;
@@ -148,7 +205,13 @@ impl RunningVm {
             }
             None => (None, None),
         };
-        let hardware = foundation.hardware(memory, network, TRANSLATION_CACHE_BOOT)?;
+        let present = foundation.scratch.borrow();
+        let scratch = match disk {
+            Some(DiskPlan::Leave { successor, .. }) => Some(successor),
+            Some(DiskPlan::Copy { .. }) | None => present.as_ref(),
+        };
+        let hardware = foundation.hardware(memory, network, scratch, TRANSLATION_CACHE_BOOT)?;
+        drop(present);
         let successor = foundation
             .qemu
             .prepare_successor(&self.machine.get(), hardware)
@@ -231,9 +294,13 @@ impl RunningVm {
         let state = machine.save_state().await?;
         watch.lap("save");
         let foundation = &self.foundation;
-        if let (Some(scratch), Some(copy)) = (&foundation.scratch, &preparation.scratch) {
-            fcvm_storage::clone_file(scratch, copy).context("cannot copy the VM's disk")?;
-        }
+        let (disk, continue_on) = match preparation.disk {
+            Some(DiskPlan::Leave { frozen, successor }) => (Some(frozen), Some(successor)),
+            Some(DiskPlan::Copy {
+                store, prepared, ..
+            }) => (Some(store.freeze(prepared)?.frozen_disk), None),
+            None => (None, None),
+        };
         watch.lap("disk");
         let present = foundation.memory.borrow().as_fd().try_clone_to_owned()?;
         let (memory, difference) = match preparation.way {
@@ -242,6 +309,9 @@ impl RunningVm {
                 connection,
             } => {
                 self.succeed(*successor, connection, &state, watch).await?;
+                if let Some(disk) = continue_on {
+                    *foundation.scratch.borrow_mut() = Some(disk);
+                }
                 (present, None)
             }
             Way::Copy(copy) => {
@@ -269,7 +339,7 @@ impl RunningVm {
             state,
             memory,
             difference,
-            scratch: preparation.scratch,
+            disk,
             timings_us: std::mem::take(&mut watch.laps),
         })
     }

@@ -9,11 +9,11 @@ use anyhow::{Context as _, bail};
 use fcvm_hypervisor::qemu::{Qemu, QemuStandby, QemuVm};
 use fcvm_hypervisor::spec::{TRANSLATION_CACHE_BOOT, TRANSLATION_CACHE_CLONE};
 use fcvm_hypervisor::{
-    Accelerator, BootSpec, DiskSpec, GuestMemory, HardwareSpec, Launch, LaunchSpec, NetworkBackend,
-    NetworkSpec, RestoreState,
+    Accelerator, BootSpec, DiskFormat, DiskLayer, DiskSpec, GuestMemory, HardwareSpec, Launch,
+    LaunchSpec, NetworkBackend, NetworkSpec, RestoreState,
 };
 use fcvm_network::{Attachment, Backend, HostResolver, HostRoutes, NetworkOptions};
-use fcvm_storage::ScratchStore;
+use fcvm_storage::{Disk, DiskStore, FrozenDisk, Layer, LayerFormat, ScratchStore};
 use fcvm_types::ByteSize;
 use fcvm_types::guest::{ROOT_DISK_SERIAL, SCRATCH_DISK_SERIAL};
 use fcvm_types::record::Resource;
@@ -50,18 +50,21 @@ pub(super) struct Foundation {
     pub(super) memory: RefCell<GuestMemory>,
     pub(super) root: File,
     /// The VM's own disk; a read-only container has none.
-    pub(super) scratch: Option<File>,
-    /// Where disks are made.
+    pub(super) scratch: RefCell<Option<Disk>>,
+    /// How disks are branched.
+    pub(super) store: Box<dyn DiskStore>,
+    /// Where disks are.
     pub(super) disks: PathBuf,
     console: OwnedFd,
 }
 
 impl Foundation {
-    /// The hardware, with this memory and this network.
+    /// The hardware, with this memory, this network and this disk.
     pub(super) fn hardware(
         &self,
         memory: GuestMemory,
         network: Option<NetworkSpec>,
+        scratch: Option<&Disk>,
         translation_cache: ByteSize,
     ) -> anyhow::Result<HardwareSpec> {
         let copied = || -> std::io::Result<_> {
@@ -70,12 +73,8 @@ impl Foundation {
                 ROOT_DISK_SERIAL,
                 true,
             )];
-            if let Some(scratch) = &self.scratch {
-                disks.push(DiskSpec::raw(
-                    scratch.try_clone()?,
-                    SCRATCH_DISK_SERIAL,
-                    false,
-                ));
+            if let Some(scratch) = scratch {
+                disks.push(disk_spec(scratch)?);
             }
             Ok((disks, self.console.try_clone()?))
         };
@@ -92,6 +91,28 @@ impl Foundation {
     }
 }
 
+/// The VM's own disk as the hypervisor is told of it.
+fn disk_spec(disk: &Disk) -> std::io::Result<DiskSpec> {
+    let layer = |layer: &Layer| {
+        Ok(DiskLayer {
+            file: layer.file.try_clone()?,
+            format: match layer.format {
+                LayerFormat::Raw => DiskFormat::Raw,
+                LayerFormat::Qcow2 => DiskFormat::Qcow2,
+            },
+        })
+    };
+    Ok(DiskSpec {
+        layers: disk
+            .layers()
+            .iter()
+            .map(layer)
+            .collect::<std::io::Result<_>>()?,
+        serial: SCRATCH_DISK_SERIAL.to_owned(),
+        read_only: false,
+    })
+}
+
 /// Acquires what the machine is made of, and starts it.
 pub(super) async fn assemble(
     context: &Context,
@@ -106,6 +127,8 @@ pub(super) async fn assemble(
         true => None,
         false => Some(scratch(context, ByteSize::from_bytes(spec.disk_bytes))?),
     };
+    let disks = context.data_dir.join("disks");
+    let store = fcvm_storage::choose(&disks, false)?;
     watch.lap("disks");
     let (network, interface) = connect(context, spec, entry, accelerator)?;
     watch.lap("network");
@@ -121,12 +144,14 @@ pub(super) async fn assemble(
             .context("cannot keep the guest's memory")?
             .into(),
         root,
-        scratch,
-        disks: context.data_dir.join("disks"),
+        scratch: None.into(),
+        store,
+        disks,
         console: console_write,
     };
+    let cache = TRANSLATION_CACHE_BOOT;
     let launch = LaunchSpec {
-        hardware: foundation.hardware(memory, interface, TRANSLATION_CACHE_BOOT)?,
+        hardware: foundation.hardware(memory, interface, scratch.as_ref(), cache)?,
         boot: BootSpec {
             kernel: spec.kernel.clone(),
             initramfs: Some(spec.initramfs.clone()),
@@ -134,6 +159,7 @@ pub(super) async fn assemble(
         },
     };
     let machine = foundation.qemu.launch(launch).await?;
+    *foundation.scratch.borrow_mut() = scratch;
     enter_machine(entry, &machine)?;
     watch.lap("hypervisor");
     Ok(Assembled {
@@ -142,6 +168,12 @@ pub(super) async fn assemble(
         network,
         console,
     })
+}
+
+/// What a clone is made on; some of it gets its content only when the source is frozen.
+pub(super) struct Template {
+    pub(super) memory: OwnedFd,
+    pub(super) disk: Option<FrozenDisk>,
 }
 
 /// A machine that waits for the state of another.
@@ -157,21 +189,22 @@ pub(super) async fn prepare_clone(
     context: &Context,
     spec: &VmSpec,
     accelerator: Accelerator,
-    memory: OwnedFd,
+    template: Template,
     entry: &mut Entry,
     watch: &mut Stopwatch,
 ) -> anyhow::Result<Prepared> {
     let root = open_root(spec)?;
     let disks = context.data_dir.join("disks");
-    let scratch = match spec.read_only {
-        true => None,
-        false => Some(empty_disk(&disks, spec.disk_bytes)?),
+    let store = fcvm_storage::choose(&disks, false)?;
+    let scratch = match &template.disk {
+        Some(expected) => Some(store.branch_ahead(expected)?),
+        None => None,
     };
     watch.lap("disks");
     let (network, interface) = connect(context, spec, entry, accelerator)?;
     watch.lap("network");
     let (console, console_write) = console(entry)?;
-    let memory = GuestMemory::copy_on_write(memory).context("cannot use the memory")?;
+    let memory = GuestMemory::copy_on_write(template.memory).context("cannot use the memory")?;
     let foundation = Foundation {
         qemu: qemu(context)?,
         cpu_count: spec.cpu_count,
@@ -181,12 +214,15 @@ pub(super) async fn prepare_clone(
             .context("cannot keep the guest's memory")?
             .into(),
         root,
-        scratch,
+        scratch: None.into(),
+        store,
         disks,
         console: console_write,
     };
-    let hardware = foundation.hardware(memory, interface, TRANSLATION_CACHE_CLONE)?;
+    let cache = TRANSLATION_CACHE_CLONE;
+    let hardware = foundation.hardware(memory, interface, scratch.as_ref(), cache)?;
     let standby = foundation.qemu.prepare(hardware).await?;
+    *foundation.scratch.borrow_mut() = scratch;
     enter_machine(entry, standby.vm())?;
     watch.lap("hypervisor");
     Ok(Prepared {
@@ -247,24 +283,12 @@ fn open_root(spec: &VmSpec) -> anyhow::Result<File> {
         .with_context(|| format!("cannot open the root image {}", spec.root_image.display()))
 }
 
-/// A disk of a clone, which gets its content when the source is frozen.
-fn empty_disk(directory: &Path, bytes: u64) -> anyhow::Result<File> {
-    let make = || -> std::io::Result<File> {
-        std::fs::create_dir_all(directory)?;
-        let file = fcvm_storage::nameless_file(directory)?;
-        // As the template's size is rounded.
-        file.set_len(bytes & !0xfff)?;
-        Ok(file)
-    };
-    make().with_context(|| format!("cannot make a disk in {}", directory.display()))
-}
-
-fn scratch(context: &Context, size: ByteSize) -> anyhow::Result<File> {
+fn scratch(context: &Context, size: ByteSize) -> anyhow::Result<Disk> {
     let mkfs = fcvm_storage::find_mkfs(&context.search_path.to_string_lossy())
         .context("mkfs.ext4 is missing: install the package e2fsprogs")?;
     let disk = ScratchStore::new(context.data_dir.join("disks"), mkfs).create(size)?;
     tracing::debug!(target: "vm", "the writable disk was made: {:?}", disk.method);
-    Ok(disk.file)
+    Disk::raw(disk.file).context("cannot use the writable disk")
 }
 
 fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Attachment> {
