@@ -10,8 +10,8 @@ use std::time::Duration;
 use fcvm_process::{HelperCommand, HelperProcess};
 use fcvm_types::guest::{GuestIpv6, GuestNetwork};
 use fcvm_types::{PortMapping, Protocol};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use crate::attach::{GUEST_ADDRESS, GUEST_GATEWAY, GUEST_MAC, GUEST_NAME_SERVER, GUEST_PREFIX};
@@ -117,7 +117,7 @@ fn publishes(ports: &[PortMapping], protocol: Protocol) -> bool {
     ports.iter().any(|port| port.protocol == protocol)
 }
 
-/// Starts passt; gives it and the socket on which it will speak.
+/// Starts passt; gives it and the socket on which it will answer.
 pub(crate) fn start(
     program: &Path,
     ports: &[PortMapping],
@@ -132,6 +132,7 @@ pub(crate) fn start(
         None,
     )
     .map_err(|errno| NetworkError::Setup(errno.into()))?;
+    ask(&own).map_err(NetworkError::Setup)?;
     let mut command = HelperCommand::new("passt", program);
     let number = command.inherit(other).map_err(NetworkError::Setup)?;
     command.args(arguments(
@@ -274,17 +275,23 @@ fn name_servers(resolver: &HostResolver, ipv6: bool) -> Vec<IpAddr> {
     }
 }
 
-/// Asks passt for its own Ethernet address, as the guest will, and waits for the answer: it comes
-/// when the ports are bound, the sandbox is up and frames are being handled.
+/// Asks passt for its own Ethernet address, as the guest will. It comes in one piece: passt of before
+/// August 2024 loses its place where it finds the length of a frame without the frame.
+fn ask(socket: &OwnedFd) -> std::io::Result<()> {
+    let request = arp_request(GUEST_MAC, GUEST_ADDRESS, GUEST_GATEWAY);
+    let length = u32::try_from(request.len()).unwrap_or(u32::MAX);
+    let message = [&length.to_be_bytes()[..], &request].concat();
+    // A new socket has room for all of it.
+    rustix::net::send(socket, &message, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Waits for the answer: it comes when the ports are bound, the sandbox is up and frames are being
+/// handled.
 async fn wait_for_answer(socket: OwnedFd) -> std::io::Result<OwnedFd> {
     let socket = std::os::unix::net::UnixStream::from(socket);
     socket.set_nonblocking(true)?;
     let mut stream = UnixStream::from_std(socket)?;
-    let request = arp_request(GUEST_MAC, GUEST_ADDRESS, GUEST_GATEWAY);
-    let length = u32::try_from(request.len()).unwrap_or(u32::MAX);
-    // One message: a passt that runs already would lose its place after a length alone.
-    let message = [&length.to_be_bytes()[..], &request].concat();
-    stream.write_all(&message).await?;
     loop {
         let mut frame = vec![0; stream.read_u32().await?.min(u32::from(u16::MAX)) as usize];
         stream.read_exact(&mut frame).await?;

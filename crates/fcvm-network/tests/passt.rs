@@ -96,6 +96,78 @@ fn udp_frame(guest_port: u16, to: std::net::SocketAddrV4, payload: &[u8]) -> Vec
     message
 }
 
+/// Bursts of frames, in between some that passt does not take: it loses none, and not its place.
+#[tokio::test]
+async fn many_frames_at_once_are_all_answered() {
+    const ROUNDS: usize = 20;
+    // passt has room for 128 frames at once.
+    const BURST: usize = 100;
+    let Some(passt) = passt() else { return };
+    let attachment = attached(&options(passt, &[])).await;
+    let socket = socket(&attachment);
+    // Who has 10.0.2.2, tell 10.0.2.15: RFC 826.
+    let mut question = vec![0xff; 6];
+    question.extend([0x52, 0x54, 0, 0xfc, 0, 0x0f, 8, 6]);
+    question.extend([0, 1, 8, 0, 6, 4, 0, 1, 0x52, 0x54, 0, 0xfc, 0, 0x0f]);
+    question.extend([10, 0, 2, 15, 0, 0, 0, 0, 0, 0, 10, 0, 2, 2]);
+    let mut burst = Vec::new();
+    for number in 0..BURST {
+        // Each of another length, so that they end at any place of the kernel's buffers.
+        let frame = [&question[..], &vec![0; number % 60]].concat();
+        burst.extend((frame.len() as u32).to_be_bytes());
+        burst.extend(frame);
+        if number % 50 == 0 {
+            burst.extend([0, 0, 0, 3, 1, 2, 3]);
+        }
+    }
+    for round in 0..ROUNDS {
+        (&socket).write_all(&burst).unwrap();
+        for _ in 0..BURST {
+            let frame = read_frame(&socket);
+            assert_eq!(frame[12..14], [8, 6], "round {round}: {frame:?}");
+        }
+    }
+    let relay = attachment.relay.as_ref().unwrap();
+    let counters = relay.counters();
+    assert_eq!(counters.frames_from_guest, (ROUNDS * BURST) as u64);
+    assert_eq!(counters.frames_dropped, (ROUNDS * BURST / 50) as u64);
+}
+
+/// What a fork does: another hypervisor takes the network over, and a connection goes on.
+#[tokio::test]
+async fn successor_takes_the_network_over() {
+    let Some(passt) = passt() else { return };
+    let port = free_port();
+    let options = options(passt, &[format!("127.0.0.1:{port}:7777/udp")]);
+    let attachment = attached(&options).await;
+    let old = socket(&attachment);
+    let relay = attachment.relay.as_ref().unwrap();
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.connect(("127.0.0.1", port)).unwrap();
+    let question = |text: &[u8], socket: &UnixStream| {
+        client.send(text).unwrap();
+        loop {
+            let frame = read_frame(socket);
+            if is_udp_with(&frame, text) {
+                break u16::from_be_bytes([frame[34], frame[35]]);
+            }
+        }
+    };
+    let from_port = question(b"first", &old);
+    let (successor, new) = relay.connect().unwrap();
+    let new = UnixStream::from(new);
+    new.set_read_timeout(Some(PATIENCE)).unwrap();
+    relay.hold();
+    client.send(b"while nobody runs").unwrap();
+    assert!(relay.activate(successor));
+    drop(old);
+    while !is_udp_with(&read_frame(&new), b"while nobody runs") {}
+    assert_eq!(question(b"second", &new), from_port);
+    relay.disconnect(attachment.connection.unwrap());
+    drop(new);
+    assert_eq!(relay.ended().await, fcvm_network::RelayEnd::Hypervisor);
+}
+
 #[tokio::test]
 async fn published_udp_port_leads_to_the_guest_and_its_answer_back() {
     let Some(passt) = passt() else { return };
