@@ -1,7 +1,8 @@
 //! `fcvm-bench`: measures the fcvm binary from outside, against a floor or a peer in the same run.
 //!
 //! What is measured is what users start, except for the conversion of images, which `fcvm` does only
-//! on the way to a VM: there the library is called in a process of its own. A part whose tools are
+//! on the way to a VM: there the library is called in a process of its own; and for the relay of a
+//! VM's network, whose two sides are played here. A part whose tools are
 //! missing is skipped in one line. docs/design/performance.md tells what each figure means.
 
 #![forbid(unsafe_code)]
@@ -13,6 +14,7 @@ mod images;
 mod lab;
 mod memory;
 mod process;
+mod relay;
 mod report;
 mod session;
 mod streams;
@@ -32,7 +34,7 @@ Usage: fcvm-bench [OPTIONS]
   --data-dir DIR     images and kernels, kept between runs [default: target/bench-data]
   --output FILE      results as JSON [default: target/bench-results.json]
   --rounds N         rounds of what is measured alternately [default: 7]
-  --only NAME,...    boot, session, streams, memory, conversion [default: all]";
+  --only NAME,...    boot, session, streams, memory, relay, conversion [default: all]";
 
 /// What the command line asks for.
 struct Options {
@@ -91,6 +93,9 @@ fn run() -> anyhow::Result<()> {
             streams::measure(&lab, &vm, &mut report).context("streams")?;
         }
     }
+    if options.wants("relay") {
+        relay::measure(options.rounds, &mut report).context("relay")?;
+    }
     if options.wants("conversion") {
         conversion::measure(&lab, options.rounds, &mut report).context("conversion")?;
     }
@@ -138,7 +143,14 @@ fn parse() -> anyhow::Result<Option<Options>> {
     if options.rounds == 0 {
         bail!("--rounds 0 measures nothing: 1 is the least");
     }
-    const PARTS: [&str; 5] = ["boot", "session", "streams", "memory", "conversion"];
+    const PARTS: [&str; 6] = [
+        "boot",
+        "session",
+        "streams",
+        "memory",
+        "relay",
+        "conversion",
+    ];
     if let Some(unknown) = options
         .only
         .iter()
