@@ -11,10 +11,12 @@ mod error;
 pub mod page_file;
 mod pagemap;
 pub mod process;
+mod usage;
 
 pub use error::MemoryError;
 pub use page_file::{Content, PageFile};
 pub use process::{CapturedPages, GuestMapping};
+pub use usage::{MemoryUsage, usage};
 
 /// Size of a page in bytes, on x86-64.
 pub const PAGE_BYTES: u64 = 4096;

@@ -66,7 +66,7 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<u8> {
         Command::Owner { clone: true } => commands::clones::owner(context).await,
         Command::Fork(arguments) => commands::fork::run(context, &arguments).await,
         Command::Exec(arguments) => commands::exec::run(context, arguments).await,
-        Command::Ls(arguments) => commands::ls::run(context, &arguments),
+        Command::Ls(arguments) => commands::ls::run(context, &arguments).await,
         Command::Logs(arguments) => commands::logs::run(context, &arguments).await,
         Command::Cp(arguments) => commands::cp::run(context, &arguments).await,
         Command::Stop(arguments) => commands::lifecycle::stop(context, &arguments).await,

@@ -216,7 +216,7 @@ pub(crate) struct ExecArguments {
 /// `fcvm ls`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  fcvm ls\n  fcvm ls -a --format json\n  fcvm rm $(fcvm ls -aq)"
+    after_help = "Examples:\n  fcvm ls\n  fcvm ls -a --format json\n  fcvm ls --size           memory and disk of each clone\n  fcvm rm $(fcvm ls -aq)"
 )]
 pub(crate) struct LsArguments {
     /// Also those that have ended
@@ -226,8 +226,11 @@ pub(crate) struct LsArguments {
     #[arg(long, value_name = "N")]
     pub(crate) pid: Option<i32>,
     /// Only ids
-    #[arg(short, long, conflicts_with = "format")]
+    #[arg(short, long, conflicts_with_all = ["format", "size"])]
     pub(crate) quiet: bool,
+    /// Also what each VM takes: its part of the memory, the memory that is its own, its disk
+    #[arg(short, long)]
+    pub(crate) size: bool,
     /// Do not shorten ids and commands
     #[arg(long)]
     pub(crate) no_trunc: bool,

@@ -4,14 +4,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context as _, bail};
 use fcvm_types::record::{Lineage, VmRecord, VmState};
-use fcvm_types::{VmId, VmName};
+use fcvm_types::{ByteSize, VmId, VmName};
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use super::clones::{self, Family, Starting};
+use super::clones::{self, Family, Said, Starting};
 use crate::args::Format;
 use crate::args::fork::ForkArguments;
 use crate::context::Context;
+use crate::handover::Handover;
 use crate::owner::fork::{ForkReply, ForkRequest, connect};
 use crate::owner::spec::VmSpec;
 use crate::state::StateStore;
@@ -37,6 +38,9 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
             record.name
         )
     })?;
+    if arguments.dry_run {
+        return estimate(&asking, &record, arguments).await;
+    }
     let lineage = Lineage {
         parent: record.id.clone(),
         parent_name: record.name.clone(),
@@ -57,7 +61,7 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
         channels.push(channel);
     }
     let descriptors: Vec<BorrowedFd<'_>> = channels.iter().map(AsFd::as_fd).collect();
-    asking.send(&ForkRequest, &descriptors)?;
+    asking.send(&ForkRequest::Fork, &descriptors)?;
     // An owner whose source gives up has to see its channel end.
     drop(channels);
     let reply = asking.receive::<ForkReply>().await?;
@@ -71,79 +75,139 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
         tracing::info!("the source keeps its published ports; -p gives a clone one of its own");
     }
     let clones = all_started(starting).await?;
-    match &arguments.exec {
-        Some(command) => in_all(&store, &clones, &source, command, arguments.format).await,
-        None => {
-            tell(&clones, arguments.format)?;
-            Ok(crate::EXIT_SUCCESS)
-        }
+    let said = match &arguments.exec {
+        Some(command) => in_all(&store, &clones, &source, command).await?,
+        None => Vec::new(),
+    };
+    match arguments.format {
+        Format::Json => print_json(&record, &reply, &clones, &said)?,
+        Format::Table if arguments.exec.is_some() => said.iter().for_each(print_said),
+        Format::Table => clones.iter().for_each(|(id, _)| println!("{id}")),
     }
+    let codes = said.iter().map(|said| said.status.shell_code());
+    let failed = codes.into_iter().find(|code| *code != crate::EXIT_SUCCESS);
+    Ok(failed.unwrap_or(crate::EXIT_SUCCESS))
 }
 
-/// Prints the clones: ids for people, as `run -d` does.
-fn tell(clones: &[(VmId, VmName)], format: Format) -> anyhow::Result<()> {
-    if format == Format::Json {
-        let list: Vec<_> = clones
-            .iter()
-            .map(|(id, name)| json!({ "id": id, "name": name }))
-            .collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
-        return Ok(());
+/// `--dry-run`
+async fn estimate(
+    asking: &Handover,
+    record: &VmRecord,
+    arguments: &ForkArguments,
+) -> anyhow::Result<u8> {
+    asking.send(&ForkRequest::Estimate, &[])?;
+    let estimate = match asking.receive::<ForkReply>().await? {
+        Some((ForkReply::Estimate(estimate), _)) => estimate,
+        Some((ForkReply::Failed { message }, _)) => bail!("{message}"),
+        _ => bail!("VM '{}' is ending", record.name),
+    };
+    if arguments.format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&estimate)?);
+        return Ok(crate::EXIT_SUCCESS);
     }
-    for (id, _) in clones {
-        println!("{id}");
+    let size = |bytes| ByteSize::from_bytes(bytes).to_string();
+    println!(
+        "memory   {} of {} in use; {}",
+        size(estimate.resident_bytes),
+        size(estimate.memory_bytes),
+        match estimate.way.as_str() {
+            "succession" => "none is copied, and all clones share it until they write".to_owned(),
+            "difference" => format!(
+                "{} that the VM wrote since it was forked are copied to each clone, which share the rest",
+                size(estimate.copied_bytes)
+            ),
+            _ => format!(
+                "{} are copied once while the VM stands still, as QEMU's own network cannot move to another process",
+                size(estimate.copied_bytes)
+            ),
+        }
+    );
+    match &estimate.disk_method {
+        Some(method) => println!(
+            "disk     {} of its own; each clone's is made by {method}",
+            size(estimate.disk_bytes)
+        ),
+        None => println!("disk     none: the container is read-only"),
     }
+    let count = arguments.count.unwrap_or(1);
+    println!(
+        "clones   {count}: a process each for fcvm, QEMU and the network; what a clone writes is its own"
+    );
+    Ok(crate::EXIT_SUCCESS)
+}
+
+/// The stable JSON form, docs/format/json-output.md.
+fn print_json(
+    source: &VmRecord,
+    reply: &ForkReply,
+    clones: &[(VmId, VmName)],
+    said: &[Said],
+) -> anyhow::Result<()> {
+    let (pause_us, timings_us) = match reply {
+        ForkReply::Frozen {
+            pause_us,
+            timings_us,
+        } => (*pause_us, timings_us.as_slice()),
+        _ => (0, &[][..]),
+    };
+    let timings: Vec<_> = timings_us
+        .iter()
+        .map(|(stage, microseconds)| json!({ "stage": stage, "microseconds": microseconds }))
+        .collect();
+    let clones: Vec<_> = clones
+        .iter()
+        .enumerate()
+        .map(|(index, (id, name))| {
+            let mut clone = json!({ "id": id, "name": name });
+            if let Some(said) = said.get(index) {
+                clone["exit_code"] = said.status.shell_code().into();
+                clone["stdout"] = String::from_utf8_lossy(&said.stdout).into();
+                clone["stderr"] = String::from_utf8_lossy(&said.stderr).into();
+            }
+            clone
+        })
+        .collect();
+    let all = json!({
+        "source": {
+            "id": source.id,
+            "name": source.name,
+            "pause_microseconds": pause_us,
+            "timings": timings,
+        },
+        "clones": clones,
+    });
+    println!("{}", serde_json::to_string_pretty(&all)?);
     Ok(())
 }
 
-/// Runs a command in all clones at once; the exit code is the first that is not zero.
+fn print_said(said: &Said) {
+    for line in String::from_utf8_lossy(&said.stdout).lines() {
+        println!("{}: {line}", said.name);
+    }
+    for line in String::from_utf8_lossy(&said.stderr).lines() {
+        eprintln!("{}: {line}", said.name);
+    }
+}
+
+/// Runs a command in all clones at once; what they say, in their order.
 async fn in_all(
     store: &StateStore,
     clones: &[(VmId, VmName)],
     source: &VmSpec,
     command: &str,
-    format: Format,
-) -> anyhow::Result<u8> {
+) -> anyhow::Result<Vec<Said>> {
     let mut running = JoinSet::new();
     for (index, (id, _)) in clones.iter().enumerate() {
         let (store, id, source) = (store.clone(), id.clone(), source.clone());
         let command = command.to_owned();
         running.spawn_local(async move {
             let said = clones::execute(&store, &id, &source, &command).await;
-            (index, id, said)
+            (index, said)
         });
     }
     let mut answers = running.join_all().await;
-    answers.sort_by_key(|(index, ..)| *index);
-    let mut code = crate::EXIT_SUCCESS;
-    let mut list = Vec::new();
-    for (_, id, said) in answers {
-        let said = said?;
-        if code == crate::EXIT_SUCCESS {
-            code = said.status.shell_code();
-        }
-        match format {
-            Format::Json => list.push(json!({
-                "id": id,
-                "name": said.name,
-                "exit_code": said.status.shell_code(),
-                "stdout": String::from_utf8_lossy(&said.stdout),
-                "stderr": String::from_utf8_lossy(&said.stderr),
-            })),
-            Format::Table => {
-                for line in String::from_utf8_lossy(&said.stdout).lines() {
-                    println!("{}: {line}", said.name);
-                }
-                for line in String::from_utf8_lossy(&said.stderr).lines() {
-                    eprintln!("{}: {line}", said.name);
-                }
-            }
-        }
-    }
-    if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&list)?);
-    }
-    Ok(code)
+    answers.sort_by_key(|(index, _)| *index);
+    answers.into_iter().map(|(_, said)| said).collect()
 }
 
 fn check_state(record: &VmRecord) -> anyhow::Result<()> {

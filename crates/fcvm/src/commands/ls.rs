@@ -1,20 +1,24 @@
 //! `fcvm ls`: the VMs, in Podman's columns.
 
 use anyhow::bail;
-use fcvm_types::record::{Health, VmRecord, VmState};
+use fcvm_types::ByteSize;
+use fcvm_types::record::{Health, Lineage, VmRecord, VmState};
 use serde_json::json;
 
 use crate::args::{Format, LsArguments};
 use crate::context::Context;
 use crate::output::{age, shorten, table};
+use crate::owner::fork::{ForkReply, ForkRequest, Usage, connect};
+use crate::state::StateStore;
 
-pub(crate) fn run(context: &Context, arguments: &LsArguments) -> anyhow::Result<u8> {
+pub(crate) async fn run(context: &Context, arguments: &LsArguments) -> anyhow::Result<u8> {
     let filters = arguments
         .filter
         .iter()
         .map(|text| Filter::parse(text))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let mut records = context.state()?.list()?;
+    let store = context.state()?;
+    let mut records = store.list()?;
     let wants_ended = arguments.all
         || filters
             .iter()
@@ -26,6 +30,12 @@ pub(crate) fn run(context: &Context, arguments: &LsArguments) -> anyhow::Result<
                 .is_none_or(|pid| record.owner.pid == pid && record.state != VmState::Exited)
             && filters.iter().all(|filter| filter.matches(record))
     });
+    let mut usages = Vec::new();
+    if arguments.size {
+        for record in &records {
+            usages.push(usage(&store, record).await);
+        }
+    }
     if arguments.quiet {
         for record in &records {
             println!(
@@ -38,20 +48,72 @@ pub(crate) fn run(context: &Context, arguments: &LsArguments) -> anyhow::Result<
             );
         }
     } else if arguments.format == Format::Json {
-        let rows: Vec<_> = records.iter().map(json_row).collect();
+        let mut rows: Vec<_> = records.iter().map(json_row).collect();
+        for (row, usage) in rows.iter_mut().zip(&usages) {
+            row["usage"] = serde_json::to_value(usage)?;
+        }
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {
-        let rows = records
-            .iter()
-            .map(|record| table_row(record, arguments.no_trunc));
-        table(
-            &[
-                "VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES",
-            ],
-            rows,
-        );
+        print_table(&records, &usages, arguments);
     }
     Ok(crate::EXIT_SUCCESS)
+}
+
+/// Asks the owner of a VM that runs; `None` where it does not answer.
+async fn usage(store: &StateStore, record: &VmRecord) -> Option<Usage> {
+    if !matches!(record.state, VmState::Running | VmState::Paused) {
+        return None;
+    }
+    let owner = connect(&store.paths(&record.id).fork_socket()).ok()?;
+    owner.send(&ForkRequest::Usage, &[]).ok()?;
+    match owner.receive::<ForkReply>().await {
+        Ok(Some((ForkReply::Usage(usage), _))) => Some(usage),
+        _ => None,
+    }
+}
+
+fn print_table(records: &[VmRecord], usages: &[Option<Usage>], arguments: &LsArguments) {
+    let mut columns = vec![
+        "VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES",
+    ];
+    let with_lineage = records.iter().any(|record| record.lineage.is_some());
+    if with_lineage {
+        columns.push("PARENT");
+    }
+    if arguments.size {
+        columns.extend(["MEMORY", "OWN MEMORY", "OWN DISK"]);
+    }
+    let size = |bytes| ByteSize::from_bytes(bytes).to_string();
+    let rows = records.iter().enumerate().map(|(index, record)| {
+        let mut row = table_row(record, arguments.no_trunc);
+        if with_lineage {
+            row.push(record.lineage.as_ref().map_or_else(String::new, parent));
+        }
+        if arguments.size {
+            row.extend(match usages.get(index) {
+                Some(Some(usage)) => [
+                    size(usage.memory_pss_bytes),
+                    size(usage.guest_private_bytes),
+                    size(usage.disk_private_bytes),
+                ],
+                _ => [const { String::new() }; 3],
+            });
+        }
+        row
+    });
+    table(&columns, rows);
+}
+
+/// `web`, `web (snapshot warm)`, `web (snapshot warm, served by 4711)`.
+fn parent(lineage: &Lineage) -> String {
+    let name = &lineage.parent_name;
+    match (&lineage.snapshot, &lineage.serve) {
+        (Some(snapshot), Some(serve)) => {
+            format!("{name} (snapshot {snapshot}, served by {})", serve.pid)
+        }
+        (Some(snapshot), None) => format!("{name} (snapshot {snapshot})"),
+        (None, _) => name.to_string(),
+    }
 }
 
 fn table_row(record: &VmRecord, whole: bool) -> Vec<String> {

@@ -19,9 +19,50 @@ use crate::handover::Handover;
 
 const BACKLOG: i32 = 16;
 
-/// Asks for clones. Descriptors: a channel to the owner of each.
+/// What is asked of a source.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct ForkRequest;
+#[serde(tag = "request", rename_all = "snake_case")]
+pub(crate) enum ForkRequest {
+    /// Clones. Descriptors: a channel to the owner of each.
+    Fork,
+    /// What that would cost.
+    Estimate,
+    /// What the VM takes now.
+    Usage,
+}
+
+/// What a VM takes of its host, in bytes.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Usage {
+    /// The hypervisor's part of all memory, what is shared counted in parts (PSS).
+    pub(crate) memory_pss_bytes: u64,
+    /// Of the guest's memory, the same.
+    pub(crate) guest_pss_bytes: u64,
+    /// Of the guest's memory, what no other VM shares.
+    pub(crate) guest_private_bytes: u64,
+    /// What the disk has of its own.
+    pub(crate) disk_private_bytes: u64,
+    /// What the disk shares with the state that it was made from.
+    pub(crate) disk_shared_bytes: u64,
+}
+
+/// What a fork would cost.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Estimate {
+    /// `succession`: nothing of the memory is copied; `difference`: what the VM wrote since it was
+    /// forked; `copy`: all that is in use.
+    pub(crate) way: String,
+    /// Size of the guest's memory.
+    pub(crate) memory_bytes: u64,
+    /// What of it is in use on the host.
+    pub(crate) resident_bytes: u64,
+    /// What is copied.
+    pub(crate) copied_bytes: u64,
+    /// How the disk is branched; absent where there is none.
+    pub(crate) disk_method: Option<String>,
+    /// What the VM's disk has of its own.
+    pub(crate) disk_bytes: u64,
+}
 
 /// The source's answer.
 #[derive(Debug, Serialize, Deserialize)]
@@ -29,9 +70,15 @@ pub(crate) struct ForkRequest;
 pub(crate) enum ForkReply {
     /// The clones have what they need.
     Frozen {
+        /// How long the source stood still, in microseconds.
+        pause_us: u64,
         /// Microseconds of each stage.
         timings_us: Vec<(String, u64)>,
     },
+    /// What a fork would cost.
+    Estimate(Estimate),
+    /// What the VM takes.
+    Usage(Usage),
     /// No clone could be made ready, and the source was not stopped.
     NoClone,
     /// There are no clones, and the source goes on.
@@ -109,22 +156,27 @@ pub(super) async fn serve(listener: Listener, vm: Rc<RunningVm>) {
 }
 
 async fn answer(asking: Handover, vm: Rc<RunningVm>) {
-    let reply = match fork(&asking, &vm).await {
-        Ok(Some(timings_us)) => ForkReply::Frozen { timings_us },
-        Ok(None) => ForkReply::NoClone,
-        Err(error) => ForkReply::Failed {
+    let reply = serve_one(&asking, &vm)
+        .await
+        .unwrap_or_else(|error| ForkReply::Failed {
             message: crate::errors::one_line(&error),
-        },
-    };
+        });
     // Whoever asked may be gone; the clones are on their own.
     let _ = asking.send(&reply, &[]);
 }
 
-/// Forks; nothing where no clone could be made ready, which the clones explain.
-async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Option<Vec<(String, u64)>>> {
-    let Some((ForkRequest, channels)) = asking.receive().await? else {
+async fn serve_one(asking: &Handover, vm: &RunningVm) -> anyhow::Result<ForkReply> {
+    let Some((request, channels)) = asking.receive().await? else {
         bail!("nothing was asked for");
     };
+    match request {
+        ForkRequest::Fork => fork(channels, vm).await,
+        ForkRequest::Estimate => Ok(ForkReply::Estimate(vm.estimate()?)),
+        ForkRequest::Usage => Ok(ForkReply::Usage(vm.usage()?)),
+    }
+}
+
+async fn fork(channels: Vec<OwnedFd>, vm: &RunningVm) -> anyhow::Result<ForkReply> {
     let _one_at_a_time = vm.freezing.lock().await;
     let channels: Vec<Handover> = channels
         .into_iter()
@@ -140,7 +192,7 @@ async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Option<Vec<(S
     let (preparation, waiting) = tokio::join!(vm.prepare_freeze(plan), all_waiting(channels));
     let preparation = preparation?;
     if waiting.is_empty() {
-        return Ok(None);
+        return Ok(ForkReply::NoClone);
     }
     let frozen = vm.freeze(preparation).await?;
     let mark = vm.link.mark();
@@ -148,7 +200,10 @@ async fn fork(asking: &Handover, vm: &RunningVm) -> anyhow::Result<Option<Vec<(S
         // A clone that has ended meanwhile says so itself.
         let _ = send_state(channel, &frozen, mark);
     }
-    Ok(Some(frozen.timings_us))
+    Ok(ForkReply::Frozen {
+        pause_us: frozen.pause_us(),
+        timings_us: frozen.timings_us,
+    })
 }
 
 /// Waits until each clone waits, or has ended; gives those that wait.

@@ -18,9 +18,10 @@ use fcvm_hypervisor::{GuestMemory, MemoryMapping, NetworkBackend, NetworkSpec, P
 use fcvm_memory::page_file::{anonymous_file, seal};
 use fcvm_memory::{CapturedPages, GuestMapping, PageFile};
 use fcvm_network::ConnectionId;
-use fcvm_storage::{BranchMethod, CopyStore, Disk, DiskStore, FrozenDisk};
+use fcvm_storage::{BranchMethod, CopyStore, Disk, DiskStore, DiskUsage, FrozenDisk};
 use fcvm_types::record::{Resource, VmState};
 
+use super::fork::{Estimate, Usage};
 use super::machine::{QEMU_ROLE, Template};
 use super::vm::RunningVm;
 
@@ -36,8 +37,22 @@ pub(super) struct Frozen {
     pub(super) difference: Option<File>,
     /// The disk.
     pub(super) disk: Option<FrozenDisk>,
-    /// Microseconds of each stage; those from `stop` to `resume` are the pause.
+    /// Microseconds of each stage; those up to `resume` are the pause.
     pub(super) timings_us: Vec<(String, u64)>,
+}
+
+impl Frozen {
+    /// How long the VM stood still, in microseconds.
+    pub(super) fn pause_us(&self) -> u64 {
+        let mut pause_us = 0;
+        for (stage, microseconds) in &self.timings_us {
+            pause_us += microseconds;
+            if stage == "resume" {
+                break;
+            }
+        }
+        pause_us
+    }
 }
 
 /// How a VM is to be frozen.
@@ -138,6 +153,55 @@ impl RunningVm {
             store,
             prepared,
             expected,
+        })
+    }
+
+    /// What a fork would cost now.
+    pub(super) fn estimate(&self) -> anyhow::Result<Estimate> {
+        self.check_running()?;
+        let memory = self.foundation.memory.borrow();
+        let usage = fcvm_memory::usage(self.machine.identity().pid)?;
+        let way = match memory.mapping() {
+            MemoryMapping::CopyOnWrite => "difference",
+            MemoryMapping::Shared
+                if self.network.guest.is_some() && self.network.relay.is_none() =>
+            {
+                "copy"
+            }
+            MemoryMapping::Shared => "succession",
+        };
+        let copied = match way {
+            "succession" => 0,
+            "difference" => usage.guest_private_bytes,
+            _ => memory.resident_bytes()?,
+        };
+        let disk = match &*self.foundation.scratch.borrow() {
+            Some(disk) => Some(disk.usage()?),
+            None => None,
+        };
+        Ok(Estimate {
+            way: way.to_owned(),
+            memory_bytes: memory.size().bytes(),
+            resident_bytes: memory.resident_bytes()?,
+            copied_bytes: copied,
+            disk_method: disk.map(|_| self.foundation.store.method().name().to_owned()),
+            disk_bytes: disk.map_or(0, |usage| usage.own_bytes),
+        })
+    }
+
+    /// What the VM takes of its host.
+    pub(super) fn usage(&self) -> anyhow::Result<Usage> {
+        let memory = fcvm_memory::usage(self.machine.identity().pid)?;
+        let disk = match &*self.foundation.scratch.borrow() {
+            Some(disk) => disk.usage()?,
+            None => DiskUsage::default(),
+        };
+        Ok(Usage {
+            memory_pss_bytes: memory.pss_bytes,
+            guest_pss_bytes: memory.guest_pss_bytes,
+            guest_private_bytes: memory.guest_private_bytes,
+            disk_private_bytes: disk.own_bytes,
+            disk_shared_bytes: disk.shared_bytes,
         })
     }
 
