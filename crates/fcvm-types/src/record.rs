@@ -86,6 +86,19 @@ pub struct Lineage {
     /// The process that serves the snapshot and with which the clone ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serve: Option<ProcessIdentity>,
+    /// The snapshot whose memory the VM's own is a difference to, also after forks in between: a
+    /// snapshot of it stores only that difference.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<SnapshotReference>,
+}
+
+/// A snapshot, told apart from a later one with the same tag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReference {
+    /// Its tag.
+    pub tag: String,
+    /// Its id.
+    pub id: String,
 }
 
 /// The state record.

@@ -18,6 +18,7 @@ mod owner;
 mod progress;
 mod signals;
 mod state;
+mod template;
 
 use std::process::ExitCode;
 

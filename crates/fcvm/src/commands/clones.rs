@@ -15,10 +15,11 @@ use crate::client::{Client, Flow, finished};
 use crate::context::Context;
 use crate::errors::ExitError;
 use crate::handover::Handover;
-use crate::owner::clone::{Assignment, Source};
+use crate::owner::clone::Source;
 use crate::owner::spec::{Readiness, VmSpec};
 use crate::owner::{self, Front, Origin};
 use crate::state::{StateStore, random};
+use crate::template::Assignment;
 
 /// Most that is kept of what a command says in a clone.
 const SAID_BYTES_MAX: usize = 1 << 20;

@@ -46,6 +46,7 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
         parent_name: record.name.clone(),
         snapshot: None,
         serve: None,
+        base: record.lineage.as_ref().and_then(|own| own.base.clone()),
     };
     let family = Family {
         source: &source,

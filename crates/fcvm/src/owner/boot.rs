@@ -65,6 +65,7 @@ pub(super) async fn build(
         stream,
         sockets,
         console,
+        serving: None,
     })
 }
 

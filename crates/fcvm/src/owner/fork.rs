@@ -10,12 +10,11 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
-use tokio::task::JoinSet;
 
-use super::clone::{Waiting, send_offer, send_state};
 use super::control::check_socket_path;
 use super::vm::RunningVm;
 use crate::handover::Handover;
+use crate::template::{all_waiting, send_offer, send_state};
 
 const BACKLOG: i32 = 16;
 
@@ -198,24 +197,10 @@ async fn fork(channels: Vec<OwnedFd>, vm: &RunningVm) -> anyhow::Result<ForkRepl
     let mark = vm.link.mark();
     for channel in &waiting {
         // A clone that has ended meanwhile says so itself.
-        let _ = send_state(channel, &frozen, mark);
+        let _ = send_state(channel, &frozen.state, frozen.difference.as_ref(), mark);
     }
     Ok(ForkReply::Frozen {
         pause_us: frozen.pause_us(),
         timings_us: frozen.timings_us,
     })
-}
-
-/// Waits until each clone waits, or has ended; gives those that wait.
-async fn all_waiting(channels: Vec<Handover>) -> Vec<Handover> {
-    let mut pending = JoinSet::new();
-    for channel in channels {
-        pending.spawn_local(async move {
-            match channel.receive::<Waiting>().await {
-                Ok(Some(_)) => Some(channel),
-                Ok(None) | Err(_) => None,
-            }
-        });
-    }
-    pending.join_all().await.into_iter().flatten().collect()
 }

@@ -22,8 +22,9 @@ use fcvm_storage::{BranchMethod, CopyStore, Disk, DiskStore, DiskUsage, FrozenDi
 use fcvm_types::record::{Resource, VmState};
 
 use super::fork::{Estimate, Usage};
-use super::machine::{QEMU_ROLE, Template};
+use super::machine::QEMU_ROLE;
 use super::vm::RunningVm;
+use crate::template::Template;
 
 /// Room that is made for pages which the guest writes between the preparation and the pause.
 const SPARE_PAGE_BYTES: usize = 8 << 20;
@@ -35,8 +36,6 @@ pub(super) struct Frozen {
     pub(super) memory: OwnedFd,
     /// Pages over it: a page file.
     pub(super) difference: Option<File>,
-    /// The disk.
-    pub(super) disk: Option<FrozenDisk>,
     /// Microseconds of each stage; those up to `resume` are the pause.
     pub(super) timings_us: Vec<(String, u64)>,
 }
@@ -358,12 +357,15 @@ impl RunningVm {
         let state = machine.save_state().await?;
         watch.lap("save");
         let foundation = &self.foundation;
-        let (disk, continue_on) = match preparation.disk {
-            Some(DiskPlan::Leave { frozen, successor }) => (Some(frozen), Some(successor)),
+        let continue_on = match preparation.disk {
+            Some(DiskPlan::Leave { successor, .. }) => Some(successor),
             Some(DiskPlan::Copy {
                 store, prepared, ..
-            }) => (Some(store.freeze(prepared)?.frozen_disk), None),
-            None => (None, None),
+            }) => {
+                store.freeze(prepared)?;
+                None
+            }
+            None => None,
         };
         watch.lap("disk");
         let present = foundation.memory.borrow().as_fd().try_clone_to_owned()?;
@@ -403,7 +405,6 @@ impl RunningVm {
             state,
             memory,
             difference,
-            disk,
             timings_us: std::mem::take(&mut watch.laps),
         })
     }

@@ -13,7 +13,7 @@ use fcvm_hypervisor::{
     LaunchSpec, NetworkBackend, NetworkSpec, RestoreState,
 };
 use fcvm_network::{Attachment, Backend, HostResolver, HostRoutes, NetworkOptions};
-use fcvm_storage::{Disk, DiskStore, FrozenDisk, Layer, LayerFormat, ScratchStore};
+use fcvm_storage::{Disk, DiskStore, Layer, LayerFormat, ScratchStore};
 use fcvm_types::ByteSize;
 use fcvm_types::guest::{ROOT_DISK_SERIAL, SCRATCH_DISK_SERIAL};
 use fcvm_types::record::Resource;
@@ -24,6 +24,7 @@ use super::spec::VmSpec;
 use super::{Entry, Stopwatch};
 use crate::args::run::{AcceleratorChoice, NetworkMode};
 use crate::context::Context;
+use crate::template::Template;
 
 /// Role of the hypervisor's process in the record.
 pub(super) const QEMU_ROLE: &str = "qemu";
@@ -168,12 +169,6 @@ pub(super) async fn assemble(
         network,
         console,
     })
-}
-
-/// What a clone is made on; some of it gets its content only when the source is frozen.
-pub(super) struct Template {
-    pub(super) memory: OwnedFd,
-    pub(super) disk: Option<FrozenDisk>,
 }
 
 /// A machine that waits for the state of another.

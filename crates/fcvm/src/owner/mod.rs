@@ -33,6 +33,7 @@ use tracing::Instrument;
 
 use crate::attach::LocalIo;
 use crate::context::{Context, create_private_dir};
+use crate::handover::Handover;
 use crate::signals::{Arrived, Forwarded};
 use crate::state::{StateStore, VmPaths, this_process};
 use link::{AgentLink, AgentStream};
@@ -206,6 +207,7 @@ async fn start(
         stream,
         sockets,
         console,
+        serving,
     } = built;
     let mut record = entry.record.clone();
     record.state = VmState::Running;
@@ -227,6 +229,9 @@ async fn start(
         freezing: tokio::sync::Mutex::new(()),
         out_of_space: false.into(),
     });
+    if let Some(serving) = serving {
+        tokio::task::spawn_local(clone::end_with(serving, Rc::clone(&vm)).in_current_span());
+    }
     Ok(Started {
         entry,
         vm,
@@ -264,6 +269,8 @@ struct Built {
     stream: AgentStream,
     sockets: Sockets,
     console: tokio::task::JoinHandle<()>,
+    /// The process that serves the snapshot of a clone, which ends with it.
+    serving: Option<Handover>,
 }
 
 /// Where other processes ask this owner.
