@@ -98,6 +98,10 @@ pub(crate) struct RunArguments {
         help_heading = "Container"
     )]
     pub(crate) health_retries: u32,
+    /// Shell command that each clone runs before it answers anything: told by $FCVM_CLONE and
+    /// $FCVM_PARENT who it is, it drops what must not be shared
+    #[arg(long, value_name = "CMD", help_heading = "Container")]
+    pub(crate) on_fork: Option<String>,
     /// Publish a port of the guest
     #[arg(
         short,

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Stdio};
 
 use anyhow::{Context as _, bail};
-use fcvm_types::guest::{ExitStatus, ProcessPlan};
+use fcvm_types::guest::ExitStatus;
 use fcvm_types::record::Lineage;
 use fcvm_types::{PortMapping, VmId, VmName};
 use fcvm_wire::{Channel, FrameKind, Outcome, Request};
@@ -136,12 +136,7 @@ pub(crate) async fn execute(
     command: &str,
 ) -> anyhow::Result<Said> {
     let record = store.find(id.as_str())?;
-    let process = ProcessPlan {
-        args: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
-        terminal: None,
-        stdin: false,
-        ..source.process.clone()
-    };
+    let process = source.shell(command);
     let client = Client::connect(store, &record).await?;
     let mut client = client.start(Request::Exec { process }).await?;
     let mut flow = Flow::default();

@@ -3,25 +3,31 @@
 //! Everything that takes time and does not need the source's state is done before it is asked for.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::Pause;
 use fcvm_memory::{GuestMapping, PageFile};
 use fcvm_storage::FrozenDisk;
-use fcvm_types::guest::ClonePlan;
+use fcvm_types::guest::{ClonePlan, ExitStatus};
 use fcvm_types::record::{Lineage, VmState};
+use fcvm_wire::{Outcome, Request};
 
 use super::link::AgentLink;
 use super::machine::{self, Foundation, Prepared};
 use super::spec::VmSpec;
 use super::vm::RunningVm;
 use super::{Built, Entry, Sockets, Stopwatch, boot};
+use crate::client::finished;
 use crate::context::Context;
 use crate::handover::Handover;
 use crate::template::{self, StateOfVm, Waiting};
 
 /// Random bytes that a clone gets.
 const ENTROPY_BYTES: usize = 64;
+
+/// How long the command of `--on-fork` may take.
+const HOOK_LIMIT: Duration = Duration::from_secs(30);
 
 /// Where a clone gets its state.
 pub(crate) struct Source {
@@ -94,6 +100,10 @@ pub(super) async fn build(
         exit = machine.wait_exit() => bail!("the clone ended before it answered ({exit})"),
     };
     watch.lap("agent");
+    if let Some(command) = &spec.on_fork {
+        run_hook(&link, spec, &lineage, command).await?;
+        watch.lap("on-fork");
+    }
     Ok(Built {
         machine,
         foundation,
@@ -104,6 +114,37 @@ pub(super) async fn build(
         console,
         serving: lineage.serve.is_some().then_some(channel),
     })
+}
+
+/// Runs the command that the container has for becoming a clone. One that fails is told, and the clone
+/// stays: it is the container's business. One that does not end is given up.
+async fn run_hook(
+    link: &AgentLink,
+    spec: &VmSpec,
+    lineage: &Lineage,
+    command: &str,
+) -> anyhow::Result<()> {
+    let mut process = spec.shell(command);
+    process.env.push(format!("FCVM_CLONE={}", spec.name));
+    process
+        .env
+        .push(format!("FCVM_PARENT={}", lineage.parent_name));
+    let ended = tokio::time::timeout(HOOK_LIMIT, link.request(&Request::Exec { process })).await;
+    match ended {
+        Ok(outcome) => match finished(outcome?)? {
+            Outcome::Exited(ExitStatus::Code(0)) => {}
+            Outcome::Exited(status) => {
+                let code = status.shell_code();
+                tracing::warn!(target: "vm", "the --on-fork command failed with code {code}");
+            }
+            other => bail!("the guest's agent gave an answer that makes no sense ({other:?})"),
+        },
+        Err(_) => {
+            let limit = HOOK_LIMIT.as_secs();
+            tracing::warn!(target: "vm", "the --on-fork command did not end within {limit} s");
+        }
+    }
+    Ok(())
 }
 
 /// Ends a clone with the process that serves its snapshot: the channel closes then.

@@ -43,6 +43,9 @@ pub(crate) struct VmSpec {
     pub(crate) stop_timeout: Duration,
     pub(crate) boot_timeout: Duration,
     pub(crate) health: Option<HealthCheck>,
+    /// Shell command that a clone runs before it answers anything.
+    #[serde(default)]
+    pub(crate) on_fork: Option<String>,
     /// Stages before the owner began, microseconds.
     pub(crate) timings_us: Vec<(String, u64)>,
 }
@@ -54,6 +57,16 @@ impl VmSpec {
         let bytes =
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// A shell command in the container, as its user.
+    pub(crate) fn shell(&self, command: &str) -> ProcessPlan {
+        ProcessPlan {
+            args: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
+            terminal: None,
+            stdin: false,
+            ..self.process.clone()
+        }
     }
 
     /// What the guest is told of who it is.

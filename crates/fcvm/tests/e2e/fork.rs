@@ -40,7 +40,8 @@ fn count(lab: &Lab, vm: &str) -> u64 {
 #[test]
 fn clones_continue_and_are_independent() {
     let Some(lab) = Lab::new() else { return };
-    counting_vm(&lab, &["--network", "none"]);
+    let hook = "echo $FCVM_CLONE of $FCVM_PARENT > /root/told";
+    counting_vm(&lab, &["--network", "none", "--on-fork", hook]);
     lab.sh("source", "echo before > /root/file; dd if=/dev/urandom of=/root/data bs=1M count=4 2>/dev/null; sync");
     let sum = lab.sh("source", "md5sum < /root/data");
     let before = count(&lab, "source");

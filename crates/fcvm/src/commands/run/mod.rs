@@ -172,6 +172,7 @@ async fn make_spec(
             timeout: arguments.health_timeout,
             retries: arguments.health_retries,
         }),
+        on_fork: arguments.on_fork.clone(),
         timings_us: watch.laps,
         id,
         name,
