@@ -1,5 +1,6 @@
 //! What a process of the container may do: capabilities and resource limits by their names.
 
+use fcvm_types::capability::{CAPABILITIES, capability_number};
 use fcvm_types::guest::Rlimit;
 use fcvm_wire::Failure;
 use rustix::process::{Resource, setrlimit};
@@ -10,59 +11,11 @@ use rustix::thread::{
 
 use crate::failure::{Context, bad_request};
 
-/// Capabilities by number, `capabilities(7)`.
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
 /// Capabilities as bits.
 pub(crate) fn capability_mask(names: &[String]) -> Result<u64, Failure> {
     let mut mask = 0;
     for name in names {
-        let bare = name.strip_prefix("CAP_").unwrap_or(name);
-        let index = CAPABILITIES
-            .iter()
-            .position(|capability| *capability == bare)
+        let index = capability_number(name)
             .ok_or_else(|| bad_request(format!("there is no capability named '{name}'")))?;
         mask |= 1_u64 << index;
     }

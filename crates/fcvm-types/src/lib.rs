@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod capability;
 pub mod guest;
 pub mod id;
 pub mod ports;

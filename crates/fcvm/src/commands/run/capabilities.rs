@@ -1,51 +1,7 @@
 //! Capabilities of the container: Podman's default set, and what --cap-add and --cap-drop make of it.
 
 use anyhow::bail;
-
-/// The capabilities of Linux, in the order of their numbers (capabilities(7)).
-const ALL: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
+use fcvm_types::capability::{CAPABILITIES, capability_number};
 
 /// Podman's default.
 const DEFAULT: [&str; 11] = [
@@ -64,7 +20,10 @@ const DEFAULT: [&str; 11] = [
 
 /// Every capability, with its prefix.
 pub(crate) fn all() -> Vec<String> {
-    ALL.iter().map(|name| format!("CAP_{name}")).collect()
+    CAPABILITIES
+        .iter()
+        .map(|name| format!("CAP_{name}"))
+        .collect()
 }
 
 /// The container's capabilities, with their prefix.
@@ -81,7 +40,7 @@ pub(crate) fn resolve(
     let everything_dropped = dropped.is_none();
     let everything_added = added.is_none();
     let (added, dropped) = (added.unwrap_or_default(), dropped.unwrap_or_default());
-    let kept = ALL.iter().filter(|name| {
+    let kept = CAPABILITIES.iter().filter(|name| {
         if added.contains(name) {
             return true;
         }
@@ -100,12 +59,11 @@ fn parse(names: &[String]) -> anyhow::Result<Option<Vec<&'static str>>> {
     let mut parsed = Vec::new();
     for text in names.iter().flat_map(|list| list.split(',')) {
         let upper = text.to_ascii_uppercase();
-        let name = upper.strip_prefix("CAP_").unwrap_or(&upper);
-        if name == "ALL" {
+        if matches!(upper.as_str(), "ALL" | "CAP_ALL") {
             return Ok(None);
         }
-        match ALL.iter().find(|known| **known == name) {
-            Some(known) => parsed.push(*known),
+        match capability_number(&upper) {
+            Some(number) => parsed.push(CAPABILITIES[number]),
             None => bail!(
                 "'{text}' is no capability: capabilities(7) lists them, without or with CAP_, or write ALL"
             ),
