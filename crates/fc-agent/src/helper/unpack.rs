@@ -1,12 +1,12 @@
 //! Unpacking a tar archive into a directory of the container. Runs with the container's root as "/".
 //!
 //! The tar crate does the work, and refuses members that leave the directory; special files, which
-//! it does not know, are made here.
+//! it does not know, are made here under the same rule.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use fcvm_wire::{Failure, FailureKind, Outcome};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, makedev, mknodat, utimensat};
@@ -37,6 +37,8 @@ pub(super) fn write(
 }
 
 fn unpack(directory: &Path, keep_owners: bool, input: impl Read) -> Result<(), Failure> {
+    let directory =
+        &std::fs::canonicalize(directory).map_err(|error| path_failure(directory, &error))?;
     let mut archive = Archive::new(input);
     archive.set_preserve_permissions(true);
     archive.set_preserve_mtime(true);
@@ -49,11 +51,8 @@ fn unpack(directory: &Path, keep_owners: bool, input: impl Read) -> Result<(), F
         check_path(&entry)?;
         match entry.header().entry_type() {
             EntryType::Directory => {
-                if let Ok(path) = entry.path() {
-                    let path = directory.join(path);
-                    if !path.is_dir() {
-                        unpack_entry(&mut entry, directory)?;
-                    }
+                if !directory.join(relative(&entry)).is_dir() {
+                    unpack_entry(&mut entry, directory)?;
                 }
                 directories.push(entry);
             }
@@ -72,7 +71,7 @@ fn unpack(directory: &Path, keep_owners: bool, input: impl Read) -> Result<(), F
 
 /// Sets a directory's time of modification, which the crate leaves alone.
 fn set_time<R: Read>(entry: &Entry<'_, R>, directory: &Path) -> Result<(), Failure> {
-    let (Ok(path), Ok(seconds)) = (entry.path(), entry.header().mtime()) else {
+    let Ok(seconds) = entry.header().mtime() else {
         return Ok(());
     };
     let time = Timespec {
@@ -83,32 +82,41 @@ fn set_time<R: Read>(entry: &Entry<'_, R>, directory: &Path) -> Result<(), Failu
         last_access: time,
         last_modification: time,
     };
-    let path = directory.join(path);
-    utimensat(CWD, &path, &times, AtFlags::empty())
+    let path = directory.join(relative(entry));
+    utimensat(CWD, &path, &times, AtFlags::SYMLINK_NOFOLLOW)
         .map_err(|errno| path_failure(&path, &errno.into()))
+}
+
+/// The member's name below the directory: as the crate, without a leading "/".
+fn relative<R: Read>(entry: &Entry<'_, R>) -> PathBuf {
+    let path = entry.path_bytes();
+    Path::new(std::ffi::OsStr::from_bytes(&path))
+        .components()
+        .filter(|part| matches!(part, Component::Normal(_)))
+        .collect()
+}
+
+fn climbs_out<R: Read>(entry: &Entry<'_, R>) -> Failure {
+    bad_request(format!(
+        "the archive holds a member that climbs out of it: '{}'",
+        String::from_utf8_lossy(&entry.path_bytes())
+    ))
 }
 
 fn check_path<R: Read>(entry: &Entry<'_, R>) -> Result<(), Failure> {
     let path = entry.path_bytes();
     let path = Path::new(std::ffi::OsStr::from_bytes(&path));
     if path.components().any(|part| part == Component::ParentDir) {
-        return Err(bad_request(format!(
-            "the archive holds a member that climbs out of it: '{}'",
-            path.display()
-        )));
+        return Err(climbs_out(entry));
     }
     Ok(())
 }
 
 fn unpack_entry<R: Read>(entry: &mut Entry<'_, R>, directory: &Path) -> Result<(), Failure> {
     let unpacked = entry.unpack_in(directory);
-    let name = || String::from_utf8_lossy(&entry.path_bytes()).into_owned();
     match unpacked {
         Ok(true) => Ok(()),
-        Ok(false) => Err(bad_request(format!(
-            "the archive holds a member that climbs out of it: '{}'",
-            name()
-        ))),
+        Ok(false) => Err(climbs_out(entry)),
         Err(error) => {
             // The crate wraps the cause in several layers of text.
             let mut cause: &dyn std::error::Error = &error;
@@ -117,7 +125,7 @@ fn unpack_entry<R: Read>(entry: &mut Entry<'_, R>, directory: &Path) -> Result<(
             }
             Err(guest(format!(
                 "'{}' cannot be written in the container: {cause}",
-                name()
+                String::from_utf8_lossy(&entry.path_bytes())
             )))
         }
     }
@@ -129,11 +137,13 @@ fn special<R: Read>(
     keep_owners: bool,
 ) -> Result<(), Failure> {
     let header = entry.header();
-    let path = directory.join(
-        entry
-            .path()
-            .map_err(|error| bad_request(error.to_string()))?,
-    );
+    let path = directory.join(relative(entry));
+    // A link among the directories above it may lead anywhere.
+    let parent = path.parent().unwrap_or(directory);
+    let real = std::fs::canonicalize(parent).map_err(|error| path_failure(parent, &error))?;
+    if path == *directory || !real.starts_with(directory) {
+        return Err(climbs_out(entry));
+    }
     let kind = match header.entry_type() {
         EntryType::Fifo => FileType::Fifo,
         EntryType::Char => FileType::CharacterDevice,
@@ -233,6 +243,25 @@ mod tests {
         });
         assert!(result.is_err());
         assert!(!directory.path().join("out").exists());
+    }
+
+    #[test]
+    fn special_files_stay_inside() {
+        let outside = tempfile::tempdir().unwrap();
+        let target = outside.path().join("pipe");
+        std::fs::write(&target, "kept").unwrap();
+        let absolute = target.to_str().unwrap().to_owned();
+        let (_absolute, result) =
+            unpacked(|builder| member(builder, &absolute, EntryType::Fifo, 0o600, ""));
+        // Taken as a path below the directory, where nothing is yet.
+        assert!(result.is_err());
+        let (_linked, result) = unpacked(|builder| {
+            let parent = outside.path().to_str().unwrap();
+            member(builder, "link", EntryType::Symlink, 0o777, parent);
+            member(builder, "link/pipe", EntryType::Fifo, 0o600, "");
+        });
+        assert!(result.unwrap_err().message.contains("climbs out"));
+        assert_eq!(std::fs::read_to_string(&target).unwrap(), "kept");
     }
 
     #[test]
