@@ -38,6 +38,7 @@ pub use custom::from_file;
 pub use error::KernelError;
 pub use initramfs::{initramfs, initramfs_bytes};
 pub use manifest::{GuestKernel, GuestModule};
+pub use modules::module_dependencies;
 pub use progress::{SetupEvent, SetupStage};
 pub use store::{DEFAULT_MODULES, SetupOptions, installed, setup, verify};
 pub use vmlinux::Architecture;

@@ -12,7 +12,7 @@ use elf::ElfBytes;
 use elf::endian::LittleEndian;
 
 use crate::decompress::Compression;
-use crate::{KernelError, Result};
+use crate::{KernelError, Result, files};
 
 /// Largest module, decompressed.
 const MODULE_SIZE_MAX_BYTES: usize = 64 << 20;
@@ -128,16 +128,28 @@ fn normalise(name: &str) -> String {
 }
 
 fn read_module(path: &Path, name: &str) -> Result<Vec<u8>> {
-    let bytes = fs::read(path).map_err(KernelError::file("read", path))?;
+    let bytes = files::read_bounded(path, MODULE_SIZE_MAX_BYTES)?;
+    object_file(bytes).map_err(|reason| KernelError::Module {
+        module: name.to_owned(),
+        reason,
+    })
+}
+
+fn object_file(bytes: Vec<u8>) -> std::result::Result<Vec<u8>, String> {
     match Compression::detect(&bytes) {
         None => Ok(bytes),
         Some(compression) => compression
             .decompress(&bytes, MODULE_SIZE_MAX_BYTES)
-            .map_err(|error| KernelError::Module {
-                module: name.to_owned(),
-                reason: error.to_string(),
-            }),
+            .map_err(|error| error.to_string()),
     }
+}
+
+/// The names of the modules that a module depends on, given its file, compressed or not.
+///
+/// # Errors
+/// What is wrong with the file, in words.
+pub fn module_dependencies(file: &[u8]) -> std::result::Result<Vec<String>, String> {
+    dependencies(&object_file(file.to_vec())?)
 }
 
 /// The names after `depends=` in `.modinfo`: strings that each end with a NUL byte.
