@@ -19,8 +19,8 @@ pub(crate) struct Conditions {
     host_kernel: String,
     /// `kvm` or `tcg`; unknown until a VM has run.
     pub(crate) accelerator: Option<String>,
-    /// Release of the guest's kernel, from its file.
-    pub(crate) guest_kernel: Option<String>,
+    /// Release of the guest's kernel, and the package it came in.
+    guest_kernel: Option<String>,
     image: String,
     rounds: usize,
     load_before: String,
@@ -51,7 +51,7 @@ pub(crate) fn read(lab: &Lab, rounds: usize) -> Conditions {
         memory_mib: memory_kib.unwrap_or(0) / 1024,
         host_kernel: read_trimmed("/proc/sys/kernel/osrelease"),
         accelerator: None,
-        guest_kernel: None,
+        guest_kernel: lab.guest_kernel.clone(),
         image: lab.image.clone(),
         rounds,
         load_before: load(),

@@ -19,6 +19,8 @@ pub(crate) struct Lab {
     runtime: tempfile::TempDir,
     /// Name of the small image that VMs are started from.
     pub(crate) image: String,
+    /// Release of the guest's kernel.
+    pub(crate) guest_kernel: Option<String>,
 }
 
 impl Lab {
@@ -41,18 +43,23 @@ impl Lab {
         // A socket's path is short: the temporary directory's is, the data directory's may not be.
         let runtime = tempfile::tempdir().context("cannot make a directory for sockets")?;
         let image = images::BUSYBOX_NAME.to_owned();
-        let lab = Self {
+        let mut lab = Self {
             fcvm,
             agent,
             data_dir,
             runtime,
             image,
+            guest_kernel: None,
         };
         eprintln!(
             "preparing: guest kernel, images (kept in {})",
             lab.data_dir.display()
         );
-        lab.run(&["setup", "kernel"])?;
+        let said = lab.run(&["setup", "kernel"])?;
+        lab.guest_kernel = String::from_utf8_lossy(&said)
+            .lines()
+            .find_map(|line| line.strip_prefix("Guest kernel "))
+            .map(str::to_owned);
         images::import_busybox(&lab)?;
         Ok(lab)
     }

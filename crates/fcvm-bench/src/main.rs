@@ -83,6 +83,8 @@ fn run() -> anyhow::Result<()> {
         .any(|part| options.wants(part))
     {
         let vm = lab.start_vm()?;
+        let shown = lab.inspect(&vm.name)?;
+        report.conditions.accelerator = shown["accelerator"].as_str().map(str::to_owned);
         if options.wants("memory") {
             memory::measure(&lab, &vm, &mut report).context("memory")?;
         }
