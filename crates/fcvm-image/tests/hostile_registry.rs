@@ -99,7 +99,7 @@ async fn failure(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) ->
         .unwrap_err()
         .to_string();
     assert!(!error.contains('\n') && error.len() < 600, "{error}");
-    assert!(scratch.store().list().unwrap().is_empty());
+    assert!(scratch.store().list().unwrap().0.is_empty());
     assert_eq!(all(&scratch.store().dir().join("tmp")), []);
     error
 }

@@ -159,7 +159,7 @@ async fn an_abandoned_pull_is_resumed_by_the_next() {
         matches!(left.as_slice(), [(_, size)] if *size > 64 << 10),
         "{left:?}"
     );
-    assert_eq!(store.list().unwrap().len(), 0);
+    assert_eq!(store.list().unwrap().0.len(), 0);
 
     let progress = Recorder::default();
     let image = pull(&store, &name, &options, &progress).await.unwrap();
@@ -226,7 +226,7 @@ async fn damaged_content_is_refused_and_not_kept() {
         error.contains("does not have the announced size"),
         "{error}"
     );
-    assert!(store.list().unwrap().is_empty());
+    assert!(store.list().unwrap().0.is_empty());
 
     fs::write(&path, &whole).unwrap();
     let manifest = registry.blob(&image.manifest_digest.to_string());

@@ -80,7 +80,13 @@ fn a_name_moves_and_leaves_a_nameless_image() {
     let two = add(&scratch, &store, "two", Some("localhost/app"));
     assert_eq!(store.resolve("app").unwrap().id, two.id);
     assert_eq!(store.resolve(&one.id.hex()).unwrap().names, []);
-    let listed: Vec<Digest> = store.list().unwrap().iter().map(|image| image.id).collect();
+    let listed: Vec<Digest> = store
+        .list()
+        .unwrap()
+        .0
+        .iter()
+        .map(|image| image.id)
+        .collect();
     assert_eq!(listed, [two.id, one.id]);
 
     let other = Reference::parse_local("other:1").unwrap();
@@ -100,7 +106,7 @@ fn a_name_moves_and_leaves_a_nameless_image() {
     let pruned = store.prune(&unused, false).unwrap();
     assert_eq!(pruned.images, [one.id]);
     assert!(pruned.freed_bytes > 0);
-    assert_eq!(store.list().unwrap().len(), 1);
+    assert_eq!(store.list().unwrap().0.len(), 1);
 }
 
 #[test]
@@ -225,6 +231,9 @@ fn damaged_files_are_named_with_a_remedy() {
         assert!(error.contains(&image.manifest_digest.hex()), "{error}");
         // The others are not affected.
         assert_eq!(store.resolve(&other.id.short()).unwrap().id, other.id);
+        let (images, errors) = store.list().unwrap();
+        assert_eq!((images.len(), errors.len()), (1, 1));
+        assert_eq!(images[0].id, other.id);
     }
     fs::remove_file(&manifest).unwrap();
     assert!(
@@ -235,7 +244,7 @@ fn damaged_files_are_named_with_a_remedy() {
             .contains("it is missing")
     );
     store.remove("one", &unused, true).unwrap();
-    assert_eq!(store.list().unwrap().len(), 1);
+    assert_eq!(store.list().unwrap().0.len(), 1);
 
     let layer = &other.layers[0].path;
     let mut bytes = fs::read(layer).unwrap();
@@ -294,7 +303,7 @@ fn many_add_and_convert_at_once() {
             });
         }
     });
-    let mut found: Vec<String> = store.list().unwrap().iter().flat_map(names).collect();
+    let mut found: Vec<String> = store.list().unwrap().0.iter().flat_map(names).collect();
     found.sort();
     let expected: Vec<String> = (0..8).map(|n| format!("localhost/n{n}:latest")).collect();
     assert_eq!(found, expected);

@@ -7,8 +7,8 @@
 
 mod blob;
 mod error;
+mod health;
 mod index;
-mod inspect;
 mod prune;
 mod root_image;
 
@@ -24,9 +24,9 @@ use time::format_description::well_known::Rfc3339;
 
 pub(crate) use self::blob::{CopyError, Ingest, Partial};
 pub use self::error::StoreError;
+pub use self::health::HealthCheck;
 use self::index::{Entry, Index};
 pub(crate) use self::index::{NAME_ANNOTATION, layout_blob};
-pub use self::inspect::Inspection;
 pub use self::prune::{Pruned, Usage};
 use crate::digest::Digest;
 use crate::format::{self, CONFIG_MAX_BYTES, MANIFEST_MAX_BYTES};
@@ -59,6 +59,8 @@ pub struct Image {
     pub manifest: ImageManifest,
     /// The configuration: what to run, and how.
     pub config: ImageConfiguration,
+    /// The image's own health check.
+    pub health_check: Option<HealthCheck>,
     /// Layers, the bottom one first.
     pub layers: Vec<Layer>,
     /// Size in the store: manifest, configuration and layers as they are compressed.
@@ -118,18 +120,23 @@ impl ImageStore {
         &self.dir
     }
 
-    /// All images, those with names first, in their order.
-    pub fn list(&self) -> Result<Vec<Image>, StoreError> {
+    /// All images, those with names first, in their order, and why each of the others cannot be
+    /// read.
+    pub fn list(&self) -> Result<(Vec<Image>, Vec<StoreError>), StoreError> {
         let index = Index::read(&self.dir)?;
         let mut images = Vec::new();
+        let mut damaged = Vec::new();
         for digest in index.manifests() {
-            images.push(self.load(&index, digest)?);
+            match self.load(&index, digest) {
+                Ok(image) => images.push(image),
+                Err(error) => damaged.push(error),
+            }
         }
         images.sort_by_key(|image| {
             let name = image.names.first().map(Reference::to_string);
             (name.is_none(), name, image.id)
         });
-        Ok(images)
+        Ok((images, damaged))
     }
 
     /// Finds the image that `text` means: a reference (a short one stands for `localhost/` first,
@@ -220,15 +227,16 @@ impl ImageStore {
     }
 
     /// Removes what `text` means and frees what nothing else refers to. A name is taken away; the
-    /// image goes with its last one. An id removes the image, and with `force` all its names.
+    /// image goes with its last one. An id removes the image, and where `several_names` are allowed
+    /// all of them.
     ///
-    /// `in_use` tells whether a VM uses the image with this manifest; `force` overrules it, which
-    /// is safe for VMs that run (they hold their files open) and fatal for those that are stopped.
+    /// `in_use` tells whether a VM uses the image with this manifest: then it stays. VMs that run hold
+    /// their files open, so a caller may say no for them.
     pub fn remove(
         &self,
         text: &str,
         in_use: &dyn Fn(&Digest) -> bool,
-        force: bool,
+        several_names: bool,
     ) -> Result<Removed, StoreError> {
         let removed = index::update(&self.dir, |index| {
             let manifest = self.find(index, text)?;
@@ -246,14 +254,14 @@ impl ImageStore {
                     freed_bytes: 0,
                 });
             }
-            if names.len() > 1 && !force {
+            if names.len() > 1 && !several_names {
                 let id = self.config_digest(manifest)?.short();
                 return Err(StoreError::SeveralNames {
                     id,
                     count: names.len(),
                 });
             }
-            if in_use(&manifest) && !force {
+            if in_use(&manifest) {
                 return Err(StoreError::InUse(text.to_owned()));
             }
             // A damaged image can be removed too: its id is told where it can be read.
@@ -312,6 +320,7 @@ impl ImageStore {
             size_bytes: documents_bytes + layers_bytes,
             manifest,
             config,
+            health_check: health::parse(&config_bytes),
             layers,
         })
     }

@@ -9,7 +9,6 @@ use fcvm_image::progress::Progress;
 use fcvm_image::pull::PullOptions;
 use fcvm_image::{Digest, Image, ImageStore, Reference, StoreError};
 use fcvm_types::ByteSize;
-use fcvm_types::record::VmState;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -44,19 +43,21 @@ pub(crate) fn store(context: &Context) -> anyhow::Result<ImageStore> {
     Ok(ImageStore::open(&context.data_dir.join("images"))?)
 }
 
-/// Tells whether a VM that has not ended uses the image with this manifest.
+/// Tells whether a VM uses the image with this manifest. As in Podman, one that has ended does too.
 pub(crate) fn in_use(context: &Context) -> anyhow::Result<impl Fn(&Digest) -> bool> {
     let records = context.state()?.list()?;
     let used: Vec<String> = records
         .into_iter()
-        .filter(|record| record.state != VmState::Exited)
         .map(|record| record.image_digest)
         .collect();
     Ok(move |digest: &Digest| used.contains(&digest.to_string()))
 }
 
 fn ls(context: &Context, arguments: &ImageLsArguments) -> anyhow::Result<u8> {
-    let images = store(context)?.list()?;
+    let (images, damaged) = store(context)?.list()?;
+    for error in damaged {
+        eprintln!("Warning: {}", one_line(&error.into()));
+    }
     if arguments.format == Format::Json {
         println!(
             "{}",
@@ -150,19 +151,22 @@ pub(crate) fn inspect_value(context: &Context, name: &str) -> anyhow::Result<Opt
 
 /// The name of an image, for a test that needs any.
 pub(crate) fn any_name(context: &Context) -> anyhow::Result<Option<String>> {
-    Ok(store(context)?.list()?.first().map(Image::display_name))
+    let (images, _) = store(context)?.list()?;
+    Ok(images.first().map(Image::display_name))
 }
 
 fn rm(context: &Context, force: bool, all: bool, images: &[String]) -> anyhow::Result<u8> {
     let store = store(context)?;
-    let in_use = in_use(context)?;
+    let used = in_use(context)?;
+    let in_use = |digest: &Digest| !force && used(digest);
     let mut code = crate::EXIT_SUCCESS;
     let names: Vec<String> = if all {
-        store
-            .list()?
-            .iter()
-            .map(|image| image.id.to_string())
-            .collect()
+        let (images, damaged) = store.list()?;
+        for error in damaged {
+            eprintln!("Error: {}", one_line(&error.into()));
+            code = EXIT_FCVM_FAILED;
+        }
+        images.iter().map(|image| image.id.to_string()).collect()
     } else {
         images.to_vec()
     };

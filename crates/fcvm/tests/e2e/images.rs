@@ -229,12 +229,14 @@ fn images_are_listed_tagged_inspected_removed_and_pruned() {
         "named\n"
     );
 
-    // An image that a VM runs is kept until the VM has ended, or until it is forced.
+    // An image that a VM uses is kept until the VM is removed, or until it is forced.
     lab.idle_vm_of("second:2", "user", &["--network", "none"]);
     lab.ok(&["image", "rm", "first:1"]);
     let line = lab.fails(125, &["image", "rm", "second:2"]);
     assert!(line.contains("use"), "{line}");
     lab.ok(&["stop", "user"]);
+    let line = lab.fails(125, &["image", "rm", "second:2"]);
+    assert!(line.contains("use"), "{line}");
     lab.ok(&["system", "prune", "--force"]);
     assert_eq!(lab.ok(&["ls", "-a", "-q"]), "", "prune removes ended VMs");
     assert_eq!(
@@ -242,6 +244,24 @@ fn images_are_listed_tagged_inspected_removed_and_pruned() {
         1,
         "and keeps images with a name"
     );
+    // A damaged one hides no other, and can be removed.
+    let mut other = Image::of(vec![base().unwrap().layer.clone()]);
+    other.config["Env"] = serde_json::json!(["OTHER=1"]);
+    other.write(&lab.file("other"), "latest");
+    lab.import(&format!("oci:{}", lab.file("other").display()), "other:1");
+    let manifest = lab.json(&["image", "inspect", "other:1"])[0]["digest"].clone();
+    fs::remove_file(blob(&lab.data.join("images"), manifest.as_str().unwrap())).unwrap();
+    let output = lab.fcvm(&["image", "ls"]);
+    assert!(
+        output.code == 0 && output.text().contains("second"),
+        "{output:?}"
+    );
+    assert!(
+        output.stderr.starts_with("Warning: ") && output.stderr.lines().count() == 1,
+        "{output:?}"
+    );
+    lab.ok(&["image", "rm", "--force", "other:1"]);
+    assert_eq!(lab.ok(&["image", "ls", "-q"]).lines().count(), 1);
     let used = |lab: &Lab| {
         tree(&lab.data.join("images"))
             .iter()
