@@ -13,6 +13,7 @@ use crate::errors::printable;
 #[derive(Clone)]
 pub(crate) struct Shown {
     bars: Option<MultiProgress>,
+    /// Nothing stays on the screen or in a file.
     quiet: bool,
 }
 
@@ -23,11 +24,17 @@ impl Shown {
         Arc::new(Self { bars, quiet })
     }
 
+    /// Bars on a terminal while the work goes on, and nothing else.
+    pub(crate) fn passing() -> Arc<Self> {
+        let bars = std::io::stderr().is_terminal().then(MultiProgress::new);
+        Arc::new(Self { bars, quiet: true })
+    }
+
     fn line(&self, text: &str) {
         match &self.bars {
+            _ if self.quiet => {}
             // A terminal that is gone needs no line.
             Some(bars) => drop(bars.println(text)),
-            None if self.quiet => {}
             None => eprintln!("{text}"),
         }
     }

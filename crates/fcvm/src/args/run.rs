@@ -82,22 +82,24 @@ pub(crate) struct RunArguments {
     #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Container")]
     pub(crate) label: Vec<String>,
     /// Check that the service answers: an http:// URL asked from inside the guest, or a shell command
+    /// [default: the image's HEALTHCHECK]
     #[arg(long, value_name = "URL|CMD", help_heading = "Container")]
     pub(crate) health_check: Option<String>,
-    /// Time between two health checks
-    #[arg(long, value_name = "DURATION", default_value = "30s", help_heading = "Container", value_parser = parse_duration)]
-    pub(crate) health_interval: std::time::Duration,
-    /// Time limit of a health check
-    #[arg(long, value_name = "DURATION", default_value = "30s", help_heading = "Container", value_parser = parse_duration)]
-    pub(crate) health_timeout: std::time::Duration,
-    /// Failures in a row that make the VM unhealthy
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 3,
-        help_heading = "Container"
-    )]
-    pub(crate) health_retries: u32,
+    /// Time between two health checks [default: the image's, else 30s]
+    #[arg(long, value_name = "DURATION", help_heading = "Container", value_parser = parse_duration)]
+    pub(crate) health_interval: Option<std::time::Duration>,
+    /// Time limit of a health check [default: the image's, else 30s]
+    #[arg(long, value_name = "DURATION", help_heading = "Container", value_parser = parse_duration)]
+    pub(crate) health_timeout: Option<std::time::Duration>,
+    /// Time after the start in which a failure does not count [default: the image's, else 0s]
+    #[arg(long, value_name = "DURATION", help_heading = "Container", value_parser = parse_duration)]
+    pub(crate) health_start_period: Option<std::time::Duration>,
+    /// Failures in a row that make the VM unhealthy [default: the image's, else 3]
+    #[arg(long, value_name = "N", help_heading = "Container")]
+    pub(crate) health_retries: Option<u32>,
+    /// Do not check, even where the image has a HEALTHCHECK
+    #[arg(long, help_heading = "Container", conflicts_with = "health_check")]
+    pub(crate) no_healthcheck: bool,
     /// Shell command that each clone runs before it answers anything: told by $FCVM_CLONE and
     /// $FCVM_PARENT who it is, it drops what must not be shared
     #[arg(long, value_name = "CMD", help_heading = "Container")]

@@ -6,13 +6,14 @@ use fcvm_types::guest::{ExitStatus, ProcessPlan};
 use fcvm_types::record::{Health, VmState};
 use fcvm_wire::{Outcome, Request};
 
-use super::spec::HealthCheck;
+use super::spec::{HealthCheck, HealthProbe};
 use super::vm::RunningVm;
 
 /// Checks until the VM ends.
 pub(super) async fn watch(vm: Rc<RunningVm>, check: HealthCheck, container: ProcessPlan) {
     let request = probe(&check, container);
     let mut failures = 0;
+    let started = tokio::time::Instant::now();
     // Until the first success there is somebody who waits for it: ask more often.
     let eager = check.interval.min(std::time::Duration::from_secs(1));
     loop {
@@ -25,7 +26,13 @@ pub(super) async fn watch(vm: Rc<RunningVm>, check: HealthCheck, container: Proc
                     Outcome::Exited(ExitStatus::Code(0)) | Outcome::Http(200..=399)
                 ))
             );
-            failures = if healthy { 0 } else { failures + 1 };
+            let starting = vm.record.borrow().health == Some(Health::Starting)
+                && started.elapsed() < check.start_period;
+            failures = match healthy {
+                true => 0,
+                false if starting => failures,
+                false => failures + 1,
+            };
             tracing::debug!(target: "health", "healthy={healthy} failures={failures}");
             vm.update(|record| {
                 record.health = match record.health {
@@ -41,20 +48,18 @@ pub(super) async fn watch(vm: Rc<RunningVm>, check: HealthCheck, container: Proc
 }
 
 fn probe(check: &HealthCheck, container: ProcessPlan) -> Request {
-    if check.probe.starts_with("http://") {
-        let timeout_ms = u64::try_from(check.timeout.as_millis()).unwrap_or(u64::MAX);
-        return Request::HttpProbe {
-            url: check.probe.clone(),
-            timeout_ms,
-        };
-    }
-    let args = ["/bin/sh", "-c", &check.probe].map(str::to_owned).to_vec();
-    Request::Exec {
-        process: ProcessPlan {
-            args,
-            terminal: None,
-            stdin: false,
-            ..container
+    match &check.probe {
+        HealthProbe::Http(url) => Request::HttpProbe {
+            url: url.clone(),
+            timeout_ms: u64::try_from(check.timeout.as_millis()).unwrap_or(u64::MAX),
+        },
+        HealthProbe::Command(args) => Request::Exec {
+            process: ProcessPlan {
+                args: args.clone(),
+                terminal: None,
+                stdin: false,
+                ..container
+            },
         },
     }
 }

@@ -83,11 +83,21 @@ impl VmSpec {
 /// How to see that a service answers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct HealthCheck {
-    /// An `http://` URL asked from inside the guest, or a shell command.
-    pub(crate) probe: String,
+    pub(crate) probe: HealthProbe,
     pub(crate) interval: Duration,
     pub(crate) timeout: Duration,
+    /// After the start; a failure in it does not count.
+    pub(crate) start_period: Duration,
     pub(crate) retries: u32,
+}
+
+/// What is asked.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum HealthProbe {
+    /// An `http://` URL, from inside the guest.
+    Http(String),
+    /// A program in the container and its arguments.
+    Command(Vec<String>),
 }
 
 /// What a detached owner tells the command that started it, one JSON line.

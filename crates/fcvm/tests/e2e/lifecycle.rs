@@ -4,7 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
-use crate::base::IMAGE;
+use crate::base::{IMAGE, base};
+use crate::image::Image;
 use crate::lab::Lab;
 
 /// A container that says so when it gets its stop signal, and does not end.
@@ -357,6 +358,65 @@ fn health_is_checked_from_inside() {
     assert!(lab.ok(&["ls"]).contains("(healthy)"));
     lab.sh("box", "rm /tmp/well");
     has("unhealthy");
+    lab.ok(&["rm", "-f", "box"]);
+    lab.finish();
+}
+
+#[test]
+fn health_is_asked_over_http() {
+    let Some(lab) = Lab::new() else { return };
+    let options = [
+        "--network",
+        "none",
+        "--health-check",
+        "http://127.0.0.1:8080/well",
+        "--health-interval",
+        "100ms",
+        "--health-retries",
+        "2",
+    ];
+    lab.idle_vm("box", &options);
+    let has = |wanted: &str| {
+        lab.wait_for_record(&format!("with health {wanted}"), |record| {
+            record["health"] == wanted
+        });
+    };
+    // Nobody listens.
+    has("unhealthy");
+    lab.sh(
+        "box",
+        "echo ok >/var/www/well && httpd -p 127.0.0.1:8080 -h /var/www",
+    );
+    has("healthy");
+    // It answers, with 404.
+    lab.sh("box", "rm /var/www/well");
+    has("unhealthy");
+    lab.ok(&["rm", "-f", "box"]);
+    lab.finish();
+}
+
+#[test]
+fn the_images_own_health_check_is_used() {
+    let Some(lab) = Lab::new() else { return };
+    let mut image = Image::of(vec![base().unwrap().layer.clone()]);
+    image.config = json!({
+        "Cmd": ["sh"],
+        "Healthcheck": {"Test": ["CMD", "test", "-e", "/tmp/well"], "Interval": 1, "Retries": 1},
+    });
+    let layout = lab.file("checked");
+    image.write(&layout, "latest");
+    lab.import(&format!("oci:{}", layout.display()), "checked:1");
+    lab.first_run(&["run", "--rm", "--network", "none", "checked:1", "true"]);
+    lab.idle_vm_of("checked:1", "box", &["--network", "none"]);
+    lab.wait_for_record("that is unhealthy", |record| {
+        record["health"] == "unhealthy"
+    });
+    lab.sh("box", "touch /tmp/well");
+    lab.wait_for_record("that is healthy", |record| record["health"] == "healthy");
+    lab.ok(&["rm", "-f", "box"]);
+    let options = ["--network", "none", "--no-healthcheck"];
+    lab.idle_vm_of("checked:1", "box", &options);
+    assert!(lab.records()[0]["health"].is_null());
     lab.ok(&["rm", "-f", "box"]);
     lab.finish();
 }

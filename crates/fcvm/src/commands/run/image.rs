@@ -41,7 +41,8 @@ pub(super) async fn resolve(context: &Context, arguments: &RunArguments) -> anyh
 /// The converted root image.
 pub(super) fn root_image(context: &Context, image: &Image) -> anyhow::Result<PathBuf> {
     fcvm_image::Platform::host().check(&image.config)?;
-    Ok(store(context)?.root_image(image, &*Shown::new(false))?)
+    // Nothing that the user asked for: a bar where somebody waits, no lines.
+    Ok(store(context)?.root_image(image, &*Shown::passing())?)
 }
 
 /// The part of the configuration that says what to run.

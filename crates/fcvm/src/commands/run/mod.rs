@@ -1,6 +1,7 @@
 //! `fcvm run`: image, kernel and plan are made ready here; the owner does the rest.
 
 pub(crate) mod capabilities;
+mod health;
 mod image;
 pub(crate) mod process;
 
@@ -18,7 +19,7 @@ use fcvm_types::{ByteSize, VmId};
 use crate::args::run::{HypervisorChoice, NetworkMode, RunArguments};
 use crate::context::Context;
 use crate::errors::ExitError;
-use crate::owner::spec::{HealthCheck, Readiness, VmSpec};
+use crate::owner::spec::{Readiness, VmSpec};
 use crate::owner::{self, Front, Origin, Stopwatch};
 use crate::state::{StateStore, random};
 
@@ -166,12 +167,7 @@ async fn make_spec(
         remove_on_exit: arguments.rm,
         stop_timeout: std::time::Duration::from_secs(arguments.stop_timeout.into()),
         boot_timeout: arguments.boot_timeout,
-        health: arguments.health_check.clone().map(|probe| HealthCheck {
-            probe,
-            interval: arguments.health_interval,
-            timeout: arguments.health_timeout,
-            retries: arguments.health_retries,
-        }),
+        health: health::check(arguments, image.health_check.as_ref()),
         on_fork: arguments.on_fork.clone(),
         timings_us: watch.laps,
         id,
