@@ -142,12 +142,18 @@ impl Machine {
         line.option("-smp", self.cpu_count.to_string());
         let cpu = match self.accelerator {
             Accelerator::Kvm => "host",
-            Accelerator::Tcg { .. } => "max",
+            // With the "fast string" flags the kernel clears and copies memory by one instruction,
+            // which QEMU emulates byte by byte.
+            Accelerator::Tcg { .. } => "max,-erms,-fsrm",
         };
         line.option("-cpu", cpu.to_owned());
         line.option("-global", "virtio-mmio.force-legacy=false".to_owned());
         line.option("-serial", "chardev:console".to_owned());
-        line.option("-device", "virtio-serial-device,id=serial0".to_owned());
+        // The agent's port is number 1; for each that there could be the guest sets queues up.
+        line.option(
+            "-device",
+            "virtio-serial-device,id=serial0,max_ports=2".to_owned(),
+        );
         line.option(
             "-device",
             format!("virtserialport,chardev=agent,name={AGENT_PORT_NAME},nr=1"),
