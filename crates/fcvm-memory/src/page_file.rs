@@ -21,6 +21,8 @@ const VERSION: u32 = 1;
 /// The header has a page of its own; the pages begin after it.
 const DATA_OFFSET: u64 = PAGE_BYTES;
 const HEADER_BYTES: usize = 48;
+/// Where the bytes of the header end that say something; zeros follow.
+const HEADER_CHECKED_END: usize = 44;
 const ENTRY_BYTES: usize = 24;
 /// Pages of one entry: what one checksum covers.
 const RUN_PAGES_MAX: u64 = 256;
@@ -44,6 +46,7 @@ pub struct PageFile {
     file: File,
     content: Content,
     memory_bytes: u64,
+    checksum: u32,
     entries: Vec<Entry>,
 }
 
@@ -64,12 +67,22 @@ impl PageFile {
     pub fn open(file: File) -> Result<Self, MemoryError> {
         let failed = MemoryError::file("read");
         let length = file.metadata().map_err(&failed)?.len();
-        let mut header = [0; HEADER_BYTES];
         if length < DATA_OFFSET {
             return Err(MemoryError::damaged(format!("it has {length} bytes")));
         }
-        file.read_exact_at(&mut header, 0).map_err(&failed)?;
+        let mut page = [0; DATA_OFFSET as usize];
+        file.read_exact_at(&mut page, 0).map_err(&failed)?;
+        let (bytes, unused) = page.split_at(HEADER_BYTES);
+        let mut header = [0; HEADER_BYTES];
+        header.copy_from_slice(bytes);
         let header = Header::decode(&header)?;
+        if bytes[HEADER_CHECKED_END..]
+            .iter()
+            .chain(unused)
+            .any(|byte| *byte != 0)
+        {
+            return Err(MemoryError::damaged("what follows its header is not zero"));
+        }
         let index_bytes = header.entry_count * ENTRY_BYTES as u64;
         if header.index_offset.checked_add(index_bytes) != Some(length) {
             return Err(MemoryError::damaged(format!(
@@ -88,6 +101,7 @@ impl PageFile {
             file,
             content: header.content,
             memory_bytes: header.memory_bytes,
+            checksum: header.crc,
             entries,
         })
     }
@@ -107,6 +121,21 @@ impl PageFile {
         self.entries.iter().map(|entry| entry.run.count).sum()
     }
 
+    /// CRC-32C over header and index, and so over the checksums of all pages: two files that have the
+    /// same hold the same pages, but for damage that [`verify`](Self::verify) finds.
+    pub fn checksum(&self) -> u32 {
+        self.checksum
+    }
+
+    /// Length of the file in bytes.
+    ///
+    /// # Errors
+    ///
+    /// The kernel cannot tell.
+    pub fn file_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
     /// A descriptor of it, to hand on.
     ///
     /// # Errors
@@ -124,6 +153,15 @@ impl PageFile {
             found: self.memory_bytes,
             expected,
         })
+    }
+
+    fn check_difference(&self) -> Result<(), MemoryError> {
+        match self.content {
+            Content::Difference => Ok(()),
+            Content::Whole => Err(MemoryError::damaged(
+                "it is a whole memory, and pages over another were expected",
+            )),
+        }
     }
 
     /// Reads and checks every page.
@@ -172,10 +210,26 @@ impl PageFile {
     ///
     /// The page file is damaged or of another size; or the host has no memory left.
     pub fn restore_into(&self, memory: &File) -> Result<(), MemoryError> {
+        self.restore_with_progress(memory, |_| ())
+    }
+
+    /// As [`restore_into`](Self::restore_into); `progress` is told of the pages that were written,
+    /// as they are, which together are [`page_count`](Self::page_count).
+    ///
+    /// # Errors
+    ///
+    /// As those of `restore_into`.
+    pub fn restore_with_progress(
+        &self,
+        memory: &File,
+        mut progress: impl FnMut(u64),
+    ) -> Result<(), MemoryError> {
         let failed = MemoryError::file("unpack");
         self.check_size(memory.metadata().map_err(&failed)?.len())?;
         self.for_each_chunk(CHUNK_BYTES, |offset, bytes| {
-            memory.write_all_at(bytes, offset).map_err(&failed)
+            memory.write_all_at(bytes, offset).map_err(&failed)?;
+            progress(bytes.len() as u64 / PAGE_BYTES);
+            Ok(())
         })?;
         // Zero pages take no memory.
         for entry in self.entries.iter().filter(|entry| entry.offset.is_none()) {
@@ -191,24 +245,57 @@ impl PageFile {
     ///
     /// The target's file system is full.
     pub fn write_whole(memory: &File, target: &File) -> Result<(), MemoryError> {
-        let failed = MemoryError::file("write");
-        let size = memory.metadata().map_err(&failed)?.len();
+        let size = memory_size(memory)?;
         let mut writer = Writer::new(target, Content::Whole, size);
-        let mut buffer = vec![0; CHUNK_BYTES];
-        let mut offset = 0;
-        while let Some((start, end)) = next_data(memory, offset, size).map_err(&failed)? {
-            let mut at = start;
-            while at < end {
-                let length = usize::try_from(end - at)
-                    .unwrap_or(CHUNK_BYTES)
-                    .min(CHUNK_BYTES);
-                let bytes = &mut buffer[..length];
-                memory.read_exact_at(bytes, at).map_err(&failed)?;
-                writer.push(at, bytes, |_, _| false)?;
-                at += length as u64;
-            }
-            offset = end;
-        }
+        writer.push_memory(memory, 0, size)?;
+        writer.finish()
+    }
+
+    /// Writes the whole memory that an anonymous file becomes with these pages over it, without
+    /// making it. Nobody may write to the file meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// These pages are damaged or of a memory of another size, or the target's file system is full.
+    pub fn write_merged(&self, memory: &File, target: &File) -> Result<(), MemoryError> {
+        let size = memory_size(memory)?;
+        self.check_size(size)?;
+        self.check_difference()?;
+        let mut writer = Writer::new(target, Content::Whole, size);
+        let mut done = 0;
+        self.for_each_chunk(CHUNK_BYTES, |offset, bytes| {
+            writer.push_memory(memory, done, offset)?;
+            writer.push(offset, bytes, |_, _| false)?;
+            done = offset + bytes.len() as u64;
+            Ok(())
+        })?;
+        writer.push_memory(memory, done, size)?;
+        writer.finish()
+    }
+
+    /// Writes those of these pages that differ from what `memory` holds, the memory below.
+    ///
+    /// # Errors
+    ///
+    /// These pages are damaged or of a memory of another size, or the target's file system is full.
+    pub fn write_changed(&self, memory: &File, target: &File) -> Result<(), MemoryError> {
+        let size = memory_size(memory)?;
+        self.check_size(size)?;
+        self.check_difference()?;
+        let mut writer = Writer::new(target, Content::Difference, size);
+        let mut below = vec![0; CHUNK_BYTES];
+        self.for_each_chunk(CHUNK_BYTES, |offset, bytes| {
+            let below = &mut below[..bytes.len()];
+            memory
+                .read_exact_at(below, offset)
+                .map_err(MemoryError::file("read"))?;
+            writer.push(offset, bytes, |at, page| {
+                let start = usize::try_from(at - offset).unwrap_or(usize::MAX);
+                below
+                    .get(start..)
+                    .is_some_and(|below| below.starts_with(page))
+            })
+        })?;
         writer.finish()
     }
 
@@ -235,17 +322,23 @@ impl PageFile {
     }
 }
 
+fn memory_size(memory: &File) -> Result<u64, MemoryError> {
+    let metadata = memory.metadata().map_err(MemoryError::file("read"))?;
+    Ok(metadata.len())
+}
+
 /// The next part from `offset` on that is no hole, in whole pages.
 fn next_data(memory: &File, offset: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
     if offset >= size {
         return Ok(None);
     }
     let start = match rustix::fs::seek(memory, SeekFrom::Data(offset)) {
-        Ok(start) => start & !(PAGE_BYTES - 1),
+        Ok(start) if start >= size => return Ok(None),
+        Ok(start) => (start & !(PAGE_BYTES - 1)).max(offset),
         Err(Errno::NXIO) => return Ok(None),
         Err(errno) => return Err(errno.into()),
     };
-    let end = rustix::fs::seek(memory, SeekFrom::Hole(start.max(offset)))?;
+    let end = rustix::fs::seek(memory, SeekFrom::Hole(start))?;
     Ok(Some((start, end.next_multiple_of(PAGE_BYTES).min(size))))
 }
 
@@ -401,6 +494,27 @@ impl<'a> Writer<'a> {
             entries: Vec::new(),
             offset: DATA_OFFSET,
         }
+    }
+
+    /// Adds what an anonymous file holds from `start` to `end`, both at pages.
+    fn push_memory(&mut self, memory: &File, start: u64, end: u64) -> Result<(), MemoryError> {
+        let failed = MemoryError::file("read");
+        let mut buffer =
+            vec![0; CHUNK_BYTES.min(usize::try_from(end - start).unwrap_or(CHUNK_BYTES))];
+        let mut offset = start;
+        while let Some((mut at, data_end)) = next_data(memory, offset, end).map_err(&failed)? {
+            while at < data_end {
+                let length = usize::try_from(data_end - at)
+                    .unwrap_or(CHUNK_BYTES)
+                    .min(CHUNK_BYTES);
+                let bytes = &mut buffer[..length];
+                memory.read_exact_at(bytes, at).map_err(&failed)?;
+                self.push(at, bytes, |_, _| false)?;
+                at += length as u64;
+            }
+            offset = data_end;
+        }
+        Ok(())
     }
 
     /// Adds consecutive pages.

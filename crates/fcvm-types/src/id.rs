@@ -1,4 +1,4 @@
-//! Names and identifiers of VMs.
+//! Names and identifiers of VMs and snapshots.
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,6 +23,23 @@ pub enum IdError {
         "'{0}' is not a VM name: use 1 to {VM_NAME_MAX_CHARS} letters, digits, '_', '.' or '-', the first one a letter or a digit"
     )]
     Name(String),
+    /// Empty, too long, or with a character that tags cannot have.
+    #[error(
+        "'{0}' is not a snapshot's tag: use 1 to {VM_NAME_MAX_CHARS} letters, digits, '_', '.' or '-', the first one a letter or a digit"
+    )]
+    Tag(String),
+}
+
+/// Whether a text is a name of VMs or a tag of snapshots: one file name that is not hidden.
+fn is_name(text: &str) -> bool {
+    let first_fits = text
+        .bytes()
+        .next()
+        .is_some_and(|byte| byte.is_ascii_alphanumeric());
+    let all_fit = text
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+    first_fits && all_fit && text.len() <= VM_NAME_MAX_CHARS
 }
 
 /// Identifier of a VM: 128 random bits, written as 32 lower-case hexadecimal characters.
@@ -127,14 +144,7 @@ impl FromStr for VmName {
     type Err = IdError;
 
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let first_fits = text
-            .bytes()
-            .next()
-            .is_some_and(|byte| byte.is_ascii_alphanumeric());
-        let all_fit = text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
-        if first_fits && all_fit && text.len() <= VM_NAME_MAX_CHARS {
+        if is_name(text) {
             Ok(Self(text.to_owned()))
         } else {
             Err(IdError::Name(text.to_owned()))
@@ -157,6 +167,50 @@ impl From<VmName> for String {
 }
 
 impl fmt::Display for VmName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Tag of a snapshot, unique among the snapshots of one data directory.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SnapshotTag(String);
+
+impl SnapshotTag {
+    /// The tag as given.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for SnapshotTag {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        if is_name(text) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(IdError::Tag(text.to_owned()))
+        }
+    }
+}
+
+impl TryFrom<String> for SnapshotTag {
+    type Error = IdError;
+
+    fn try_from(text: String) -> Result<Self, IdError> {
+        text.parse()
+    }
+}
+
+impl From<SnapshotTag> for String {
+    fn from(tag: SnapshotTag) -> Self {
+        tag.0
+    }
+}
+
+impl fmt::Display for SnapshotTag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -187,9 +241,11 @@ mod tests {
     fn names_follow_podmans_rule() {
         for good in ["web", "a", "Web-1.2_x", &"a".repeat(63)] {
             assert!(good.parse::<VmName>().is_ok(), "{good}");
+            assert!(good.parse::<SnapshotTag>().is_ok(), "{good}");
         }
         for bad in ["", "-web", ".", "..", "a/b", "a b", "ü", &"a".repeat(64)] {
             assert!(bad.parse::<VmName>().is_err(), "{bad}");
+            assert!(bad.parse::<SnapshotTag>().is_err(), "{bad}");
         }
     }
 

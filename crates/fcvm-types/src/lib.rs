@@ -12,7 +12,7 @@ pub mod ports;
 pub mod record;
 pub mod size;
 
-pub use id::{VmId, VmName};
+pub use id::{SnapshotTag, VmId, VmName};
 pub use ports::{PortMapping, Protocol};
 pub use record::{VmRecord, VmState};
 pub use size::ByteSize;
