@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 
+use fcvm_memory::page_file::{anonymous_file, seal};
 use fcvm_memory::{Content, MemoryError, PageFile};
 use fcvm_storage::{DiskManifest, FrozenDisk, StorageError};
 use fcvm_types::{SnapshotTag, VmId};
@@ -175,6 +176,51 @@ impl Draft {
         Ok(())
     }
 
+    /// Reads back what was written, with all checksums, for a trial before the snapshot gets its tag.
+    /// `parent` is that of a difference.
+    ///
+    /// # Errors
+    ///
+    /// Something has not been written, or is not what was written.
+    pub fn load(&self, parent: Option<&Snapshot>) -> Result<Stored, SnapshotError> {
+        let failed = SnapshotError::io("read a snapshot back", self.store.directory());
+        let told = |source| SnapshotError::memory(&self.tag, self.store.directory(), source);
+        let pages = File::open(self.path.join(MEMORY)).map_err(&failed)?;
+        let pages = PageFile::open(pages).map_err(told)?;
+        let memory = match (pages.content(), parent) {
+            (Content::Difference, Some(parent)) => parent.load_unsealed(|_, _| {})?,
+            (Content::Difference, None) => {
+                return Err(self.refused("it is a difference, and its parent is not known"));
+            }
+            (Content::Whole, _) => {
+                anonymous_file("fcvm-guest-memory", pages.memory_bytes()).map_err(told)?
+            }
+        };
+        pages.restore_into(&memory).map_err(told)?;
+        seal(&memory).map_err(told)?;
+        let device_state = std::fs::read(self.path.join(STATE)).map_err(&failed)?;
+        let written = self.device_state.as_ref().map(|state| state.crc32c);
+        if written != Some(crc32c::crc32c(&device_state)) {
+            return Err(self.refused("its device state is not what was written"));
+        }
+        let disk_told = |source| SnapshotError::Disk {
+            tag: self.tag.clone(),
+            source,
+        };
+        let disk = match &self.disk {
+            Some(manifest) => {
+                manifest.verify(&self.path).map_err(disk_told)?;
+                Some(FrozenDisk::open(&self.path, manifest).map_err(disk_told)?)
+            }
+            None => None,
+        };
+        Ok(Stored {
+            memory,
+            device_state,
+            disk,
+        })
+    }
+
     /// Writes the manifest and gives the snapshot its tag: from here on it is there.
     ///
     /// # Errors
@@ -252,6 +298,17 @@ impl Draft {
             reason: reason.into(),
         }
     }
+}
+
+/// What a draft has on the disk.
+#[derive(Debug)]
+pub struct Stored {
+    /// The memory, in a sealed anonymous file.
+    pub memory: File,
+    /// The state of the devices.
+    pub device_state: Vec<u8>,
+    /// The disk, open for reading alone.
+    pub disk: Option<FrozenDisk>,
 }
 
 impl Drop for Draft {

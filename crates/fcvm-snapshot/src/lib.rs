@@ -17,7 +17,7 @@ mod manifest;
 mod snapshot;
 mod store;
 
-pub use draft::Draft;
+pub use draft::{Draft, Stored};
 pub use error::SnapshotError;
 pub use manifest::{
     DeviceStateManifest, MANIFEST_BYTES_MAX, Manifest, ManifestFields, Mark, MemoryKind,

@@ -122,7 +122,16 @@ impl Snapshot {
     /// # Errors
     ///
     /// A snapshot of the line is gone or damaged, or the host has no memory left.
-    pub fn load_memory(&self, mut progress: impl FnMut(u64, u64)) -> Result<File, SnapshotError> {
+    pub fn load_memory(&self, progress: impl FnMut(u64, u64)) -> Result<File, SnapshotError> {
+        let memory = self.load_unsealed(progress)?;
+        seal(&memory).map_err(|source| self.memory_error(source))?;
+        Ok(memory)
+    }
+
+    pub(crate) fn load_unsealed(
+        &self,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<File, SnapshotError> {
         let ancestors = self.ancestors()?;
         let size = self.manifest.memory.memory_bytes;
         let told = |source| self.memory_error(source);
@@ -139,7 +148,6 @@ impl Snapshot {
                 .restore_with_progress(&memory, advance)
                 .map_err(|source| one.memory_error(source))?;
         }
-        seal(&memory).map_err(told)?;
         Ok(memory)
     }
 

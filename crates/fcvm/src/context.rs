@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 
+use fcvm_snapshot::SnapshotStore;
+
 use crate::args::GlobalOptions;
 use crate::state::StateStore;
 
@@ -98,6 +100,11 @@ impl Context {
     /// The state store.
     pub(crate) fn state(&self) -> anyhow::Result<StateStore> {
         StateStore::open(&self.data_dir.join("vms"), &self.runtime_dir)
+    }
+
+    /// The snapshots.
+    pub(crate) fn snapshots(&self) -> SnapshotStore {
+        SnapshotStore::new(self.data_dir.join("snapshots"))
     }
 
     /// A program, looked up as a shell does.

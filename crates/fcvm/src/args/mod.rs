@@ -3,6 +3,7 @@
 pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod run;
+pub(crate) mod snapshot;
 pub(crate) mod system;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -81,6 +82,9 @@ pub(crate) enum Command {
     /// Fork a running VM: clones that continue from this instant, each on its own
     #[command(visible_alias = "clone")]
     Fork(fork::ForkArguments),
+    /// Keep the state of VMs, and start clones of it
+    #[command(subcommand)]
+    Snapshot(snapshot::SnapshotCommand),
     /// List VMs
     #[command(visible_alias = "ps", alias = "list")]
     Ls(LsArguments),
@@ -138,9 +142,6 @@ pub(crate) enum Command {
     /// The throw-away guest that shows whether KVM runs guests
     #[command(hide = true)]
     ProbeGuest,
-    /// Snapshots (not in this version)
-    #[command(hide = true, disable_help_flag = true)]
-    Snapshot(Later),
     /// The block-cloning pool (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Pool(Later),

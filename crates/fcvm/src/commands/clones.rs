@@ -85,6 +85,24 @@ impl Starting {
     }
 }
 
+/// Waits for all; the first failure is told when the others are settled.
+pub(crate) async fn all_started(starting: Vec<Starting>) -> anyhow::Result<Vec<(VmId, VmName)>> {
+    let mut clones = Vec::new();
+    let mut failure = None;
+    for owner in starting {
+        match owner.started().await {
+            Ok(clone) => clones.push(clone),
+            Err(error) => {
+                failure.get_or_insert(error);
+            }
+        }
+    }
+    match failure {
+        None => Ok(clones),
+        Some(error) => Err(error),
+    }
+}
+
 /// Starts the owner of a clone; gives it, and the end of its channel for whoever has the state.
 pub(crate) fn start(
     context: &Context,

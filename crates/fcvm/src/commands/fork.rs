@@ -8,7 +8,7 @@ use fcvm_types::{ByteSize, VmId, VmName};
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use super::clones::{self, Family, Said, Starting};
+use super::clones::{self, Family, Said};
 use crate::args::Format;
 use crate::args::fork::ForkArguments;
 use crate::context::Context;
@@ -69,21 +69,61 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
     let reply = reply.context("the source ended during the fork")?.0;
     if let ForkReply::Failed { message } = &reply {
         // The clones end with their channels; they have nothing to add.
-        let _ = all_started(starting).await;
+        let _ = clones::all_started(starting).await;
         bail!("VM '{}' could not be forked: {message}", record.name);
     }
     if !source.ports.is_empty() && arguments.publish.is_empty() {
         tracing::info!("the source keeps its published ports; -p gives a clone one of its own");
     }
-    let clones = all_started(starting).await?;
-    let said = match &arguments.exec {
-        Some(command) => in_all(&store, &clones, &source, command).await?,
+    let clones = clones::all_started(starting).await?;
+    let timings = match &reply {
+        ForkReply::Frozen {
+            pause_us,
+            timings_us,
+        } => Some((&record, *pause_us, timings_us.as_slice())),
+        _ => None,
+    };
+    let answered = Answered {
+        source: timings,
+        clones: &clones,
+        spec: &source,
+    };
+    let wish = Wish {
+        exec: arguments.exec.as_deref(),
+        format: arguments.format,
+    };
+    tell(&store, &wish, &answered).await
+}
+
+/// What is wanted of clones that have started.
+pub(super) struct Wish<'a> {
+    /// A shell command to run in each.
+    pub(super) exec: Option<&'a str>,
+    pub(super) format: Format,
+}
+
+/// Clones that have started.
+pub(super) struct Answered<'a> {
+    /// The VM that they were forked from, how long it stood still, and the stages, in microseconds.
+    pub(super) source: Option<(&'a VmRecord, u64, &'a [(String, u64)])>,
+    pub(super) clones: &'a [(VmId, VmName)],
+    pub(super) spec: &'a VmSpec,
+}
+
+/// Prints the clones and what they say; the exit code is the first that is not zero.
+pub(super) async fn tell(
+    store: &StateStore,
+    wish: &Wish<'_>,
+    answered: &Answered<'_>,
+) -> anyhow::Result<u8> {
+    let said = match wish.exec {
+        Some(command) => in_all(store, answered.clones, answered.spec, command).await?,
         None => Vec::new(),
     };
-    match arguments.format {
-        Format::Json => print_json(&record, &reply, &clones, &said)?,
-        Format::Table if arguments.exec.is_some() => said.iter().for_each(print_said),
-        Format::Table => clones.iter().for_each(|(id, _)| println!("{id}")),
+    match wish.format {
+        Format::Json => print_json(answered, &said)?,
+        Format::Table if wish.exec.is_some() => said.iter().for_each(print_said),
+        Format::Table => answered.clones.iter().for_each(|(id, _)| println!("{id}")),
     }
     let codes = said.iter().map(|said| said.status.shell_code());
     let failed = codes.into_iter().find(|code| *code != crate::EXIT_SUCCESS);
@@ -138,24 +178,9 @@ async fn estimate(
 }
 
 /// The stable JSON form, docs/format/json-output.md.
-fn print_json(
-    source: &VmRecord,
-    reply: &ForkReply,
-    clones: &[(VmId, VmName)],
-    said: &[Said],
-) -> anyhow::Result<()> {
-    let (pause_us, timings_us) = match reply {
-        ForkReply::Frozen {
-            pause_us,
-            timings_us,
-        } => (*pause_us, timings_us.as_slice()),
-        _ => (0, &[][..]),
-    };
-    let timings: Vec<_> = timings_us
-        .iter()
-        .map(|(stage, microseconds)| json!({ "stage": stage, "microseconds": microseconds }))
-        .collect();
-    let clones: Vec<_> = clones
+fn print_json(answered: &Answered<'_>, said: &[Said]) -> anyhow::Result<()> {
+    let clones: Vec<_> = answered
+        .clones
         .iter()
         .enumerate()
         .map(|(index, (id, name))| {
@@ -168,15 +193,19 @@ fn print_json(
             clone
         })
         .collect();
-    let all = json!({
-        "source": {
-            "id": source.id,
-            "name": source.name,
+    let source = answered.source.map(|(record, pause_us, timings_us)| {
+        let timings: Vec<_> = timings_us
+            .iter()
+            .map(|(stage, microseconds)| json!({ "stage": stage, "microseconds": microseconds }))
+            .collect();
+        json!({
+            "id": record.id,
+            "name": record.name,
             "pause_microseconds": pause_us,
             "timings": timings,
-        },
-        "clones": clones,
+        })
     });
+    let all = json!({ "source": source, "clones": clones });
     println!("{}", serde_json::to_string_pretty(&all)?);
     Ok(())
 }
@@ -211,7 +240,7 @@ async fn in_all(
     answers.into_iter().map(|(_, said)| said).collect()
 }
 
-fn check_state(record: &VmRecord) -> anyhow::Result<()> {
+pub(crate) fn check_state(record: &VmRecord) -> anyhow::Result<()> {
     let name = &record.name;
     match record.state {
         VmState::Running => Ok(()),
@@ -222,23 +251,5 @@ fn check_state(record: &VmRecord) -> anyhow::Result<()> {
             bail!("VM '{name}' is still starting: try again when 'fcvm ls' shows it as up")
         }
         VmState::Stopping | VmState::Exited => bail!("VM '{name}' is not running"),
-    }
-}
-
-/// Waits for all; the first failure is told when the others are settled.
-async fn all_started(starting: Vec<Starting>) -> anyhow::Result<Vec<(VmId, VmName)>> {
-    let mut clones = Vec::new();
-    let mut failure = None;
-    for owner in starting {
-        match owner.started().await {
-            Ok(clone) => clones.push(clone),
-            Err(error) => {
-                failure.get_or_insert(error);
-            }
-        }
-    }
-    match failure {
-        None => Ok(clones),
-        Some(error) => Err(error),
     }
 }

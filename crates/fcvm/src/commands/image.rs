@@ -43,12 +43,18 @@ pub(crate) fn store(context: &Context) -> anyhow::Result<ImageStore> {
     Ok(ImageStore::open(&context.data_dir.join("images"))?)
 }
 
-/// Tells whether a VM uses the image with this manifest. As in Podman, one that has ended does too.
+/// Tells whether a VM or a snapshot uses the image with this manifest. As in Podman, a VM that has ended
+/// does too.
 pub(crate) fn in_use(context: &Context) -> anyhow::Result<impl Fn(&Digest) -> bool> {
     let records = context.state()?.list()?;
+    let snapshots = context.snapshots().list()?;
+    let of_snapshots = snapshots
+        .into_iter()
+        .filter_map(|listed| Some(listed.snapshot.ok()?.manifest().fields.image_digest.clone()));
     let used: Vec<String> = records
         .into_iter()
         .map(|record| record.image_digest)
+        .chain(of_snapshots)
         .collect();
     Ok(move |digest: &Digest| used.contains(&digest.to_string()))
 }

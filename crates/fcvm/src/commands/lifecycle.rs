@@ -132,7 +132,11 @@ pub(crate) async fn rm(context: &Context, arguments: &RmArguments) -> anyhow::Re
     Ok(report.code)
 }
 
-async fn rm_one(store: &StateStore, record: &VmRecord, force: bool) -> anyhow::Result<()> {
+pub(crate) async fn rm_one(
+    store: &StateStore,
+    record: &VmRecord,
+    force: bool,
+) -> anyhow::Result<()> {
     if record.state != VmState::Exited {
         if !force {
             anyhow::bail!(

@@ -14,6 +14,7 @@ pub(crate) mod preflight;
 pub(crate) mod run;
 pub(crate) mod sanity;
 pub(crate) mod setup;
+pub(crate) mod snapshot;
 pub(crate) mod stats;
 pub(crate) mod system;
 pub(crate) mod top;

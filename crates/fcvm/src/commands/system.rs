@@ -60,7 +60,7 @@ fn df(context: &Context, format: Format) -> anyhow::Result<u8> {
     Ok(crate::EXIT_SUCCESS)
 }
 
-fn measure(context: &Context) -> anyhow::Result<[Row; 4]> {
+fn measure(context: &Context) -> anyhow::Result<[Row; 5]> {
     let images = super::image::store(context)?.usage(&super::image::in_use(context)?)?;
     let store = context.state()?;
     let records = store.list()?;
@@ -87,6 +87,13 @@ fn measure(context: &Context) -> anyhow::Result<[Row; 4]> {
                 .count(),
             size_bytes: disk_bytes(&context.data_dir.join("vms")),
             reclaimable_bytes: ended_bytes.sum(),
+        },
+        Row {
+            kind: "Snapshots",
+            total: context.snapshots().list()?.len(),
+            active: 0,
+            size_bytes: disk_bytes(context.snapshots().directory()),
+            reclaimable_bytes: 0,
         },
         Row {
             kind: "Kernels",
@@ -149,7 +156,12 @@ fn prune(context: &Context, all: bool, force: bool) -> anyhow::Result<u8> {
         println!("Removed VM {} ({})", record.id.short(), record.name);
         vms += 1;
     }
-    let leftovers = store.remove_leftovers()?;
+    let mut leftovers = store.remove_leftovers()?;
+    leftovers.extend(super::snapshot::remove_dead_sockets(context)?);
+    let swept = context.snapshots().sweep()?;
+    if swept.folder_count > 0 {
+        println!("Removed {} unfinished snapshots", swept.folder_count);
+    }
     leftovers
         .iter()
         .for_each(|path| println!("Removed leftover {}", path.display()));
@@ -162,7 +174,8 @@ fn prune(context: &Context, all: bool, force: bool) -> anyhow::Result<u8> {
         Some(mkfs) => ScratchStore::new(context.data_dir.join("disks"), mkfs).prune()?,
         None => 0,
     };
-    let freed = ByteSize::from_bytes(vms_freed + images.freed_bytes + templates);
+    let freed =
+        ByteSize::from_bytes(vms_freed + swept.freed_bytes + images.freed_bytes + templates);
     println!(
         "{vms} VMs, {} images and {} leftovers removed, {freed} freed",
         images.images.len(),

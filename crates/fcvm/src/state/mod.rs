@@ -342,6 +342,7 @@ pub(crate) mod tests {
             exit: None,
             error: None,
             health: None,
+            lineage: None,
             timings_us: Vec::new(),
             resources: Vec::new(),
         };

@@ -395,12 +395,21 @@ impl Lab {
     /// Files below the data and runtime directories that are neither kernels nor images nor templates
     /// of disks.
     pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
-        let kept = ["vms", "vms/lock", "kernels", "images", "disks", HOST_PROBE]
-            .map(|name| self.data.join(name));
+        let kept = [
+            "vms",
+            "vms/lock",
+            "kernels",
+            "images",
+            "disks",
+            "snapshots",
+            HOST_PROBE,
+        ]
+        .map(|name| self.data.join(name));
         let mut found = Vec::new();
         for directory in [
             &self.data,
             &self.data.join("vms"),
+            &self.data.join("snapshots"),
             &self.runtime,
             &self.directory.path().join("tmp"),
         ] {

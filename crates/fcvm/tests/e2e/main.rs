@@ -25,5 +25,6 @@ mod process;
 mod refusals;
 mod registry;
 mod run;
+mod snapshot;
 mod terminal;
 mod tty;

@@ -1,0 +1,127 @@
+//! `fcvm snapshot`.
+
+use clap::{Args, Subcommand};
+use fcvm_types::{PortMapping, SnapshotTag, VmName};
+
+use super::{Format, parse_vm_name};
+
+/// The verbs of `fcvm snapshot`.
+#[derive(Debug, Subcommand)]
+#[command(
+    after_help = "A snapshot is a VM as of one instant: memory, processors, disk. It survives the VM and a\n\
+        reboot of the host, and clones of it are as 'fcvm fork' makes them.\n\n\
+        Examples:\n  \
+        fcvm snapshot create web --tag warm\n  \
+        fcvm snapshot run --snapshot warm --name copy -p 8081:80\n  \
+        fcvm snapshot serve warm &          keeps it in memory: clones start faster\n  \
+        fcvm snapshot rm warm"
+)]
+pub(crate) enum SnapshotCommand {
+    /// Keep the state of a running VM, which goes on
+    Create(CreateArguments),
+    /// List snapshots
+    #[command(visible_alias = "list")]
+    Ls(LsArguments),
+    /// Show all that is known of snapshots, as JSON
+    Inspect(InspectArguments),
+    /// Remove snapshots
+    Rm(RmArguments),
+    /// Start clones of a snapshot
+    Run(RunArguments),
+    /// Keep a snapshot's memory resident and start clones of it on demand; they end with this process
+    Serve(ServeArguments),
+}
+
+/// `fcvm snapshot create`.
+#[derive(Debug, Args)]
+pub(crate) struct CreateArguments {
+    /// Name of the snapshot
+    #[arg(short, long, value_name = "TAG")]
+    pub(crate) tag: SnapshotTag,
+    /// Start a clone and compare its memory and disk before the tag appears
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Store the whole memory also where the VM is a clone of another snapshot
+    #[arg(long)]
+    pub(crate) full: bool,
+    /// Name, id or owner PID of the VM
+    pub(crate) vm: String,
+}
+
+/// `fcvm snapshot ls`.
+#[derive(Debug, Args)]
+pub(crate) struct LsArguments {
+    /// Only tags
+    #[arg(short, long, conflicts_with = "format")]
+    pub(crate) quiet: bool,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+/// `fcvm snapshot inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArguments {
+    /// Also check every byte against its checksum
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Tags
+    #[arg(required = true)]
+    pub(crate) tags: Vec<SnapshotTag>,
+}
+
+/// `fcvm snapshot rm`.
+#[derive(Debug, Args)]
+pub(crate) struct RmArguments {
+    /// Also the snapshots that store only what differs from this one
+    #[arg(long)]
+    pub(crate) prune_children: bool,
+    /// No error when a snapshot does not exist
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Tags
+    #[arg(required = true)]
+    pub(crate) tags: Vec<SnapshotTag>,
+}
+
+/// `fcvm snapshot run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArguments {
+    /// The snapshot
+    #[arg(
+        long,
+        value_name = "TAG",
+        required_unless_present = "pid",
+        conflicts_with = "pid"
+    )]
+    pub(crate) snapshot: Option<SnapshotTag>,
+    /// The process that serves the snapshot ('fcvm snapshot serve')
+    #[arg(long, value_name = "SERVE_PID")]
+    pub(crate) pid: Option<i32>,
+    /// How many clones, named PREFIX-1, PREFIX-2, ... [default: one]
+    #[arg(short = 'n', long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=100))]
+    pub(crate) count: Option<u16>,
+    /// Beginning of the clones' names, or without -n the very name of the one clone [default: the
+    /// name of the VM that the snapshot is of]
+    #[arg(long, value_name = "PREFIX", value_parser = parse_vm_name)]
+    pub(crate) name: Option<VmName>,
+    /// Run a shell command in each clone as soon as it is there, and print what it says
+    #[arg(long, value_name = "CMD")]
+    pub(crate) exec: Option<String>,
+    /// Publish a port of the clone, as in 'fcvm run'; only with a single clone
+    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/PROTO]")]
+    pub(crate) publish: Vec<PortMapping>,
+    /// Remove the clones when their containers have ended
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+/// `fcvm snapshot serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArguments {
+    /// The snapshot
+    pub(crate) tag: SnapshotTag,
+}
