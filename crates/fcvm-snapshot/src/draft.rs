@@ -263,10 +263,15 @@ impl Draft {
             }
             failed(error)
         })?;
-        self.is_finished = true;
-        self.store.sync().map_err(&failed)?;
+        let opened = self.store.sync().map_err(&failed);
+        let opened = opened.and_then(|()| self.store.open(&self.tag));
+        match opened {
+            Ok(_) => self.is_finished = true,
+            // It goes with the draft. Where that cannot be, it is there, and whole.
+            Err(_) => drop(files::rename(&self.store.folder(&self.tag), &self.path)),
+        }
         drop(lock);
-        self.store.open(&self.tag)
+        opened
     }
 
     fn check_parent(&self, parent: &ParentRef) -> Result<(), SnapshotError> {

@@ -229,6 +229,9 @@ impl Manifest {
                 "is longer than {MANIFEST_BYTES_MAX} bytes"
             )));
         }
+        if bytes.last() != Some(&b'\n') {
+            return Err(damaged("is cut off".to_owned()));
+        }
         let unreadable = |error: serde_json::Error| damaged(format!("cannot be read: {error}"));
         let Versioned { version } = serde_json::from_slice(bytes).map_err(unreadable)?;
         if version > VERSION {

@@ -164,7 +164,7 @@ impl SnapshotStore {
         prune_children: bool,
     ) -> Result<Removed, SnapshotError> {
         let failed = SnapshotError::io("remove a snapshot", &self.directory);
-        let _lock = match self.lock() {
+        let lock = match self.lock() {
             Ok(lock) => lock,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(SnapshotError::NotFound(tag.clone()));
@@ -201,6 +201,8 @@ impl SnapshotStore {
             away.push(path);
         }
         self.sync().map_err(&failed)?;
+        // Deleting takes time, and nobody sees it.
+        drop(lock);
         let mut freed_bytes = 0;
         for path in away {
             freed_bytes += unshared_bytes(&path);

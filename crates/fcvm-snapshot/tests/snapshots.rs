@@ -1,0 +1,341 @@
+//! Snapshots against a model in bytes, and what happens to those that are damaged, removed or half made.
+
+mod lab;
+mod model;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use fcvm_snapshot::{Manifest, SnapshotError, SnapshotStore, Swept};
+use lab::{Lab, PAGE, disk_of, fields, memory_of, pages_over, read_all, tag};
+
+#[test]
+fn what_was_written_is_read() {
+    let lab = Lab::new();
+    let bytes = lab::pattern(8);
+    let memory = memory_of(&bytes);
+    let mut draft = lab.store.begin(&tag("one")).unwrap();
+    draft.write_memory_whole(&memory, None).unwrap();
+    draft.write_state(b"devices").unwrap();
+    draft.write_disk(&disk_of(lab.path(), b"a disk")).unwrap();
+    assert!(lab.store.list().unwrap().is_empty());
+    let made = draft.finish(fields()).unwrap();
+    let opened = lab.store.open(&tag("one")).unwrap();
+    assert_eq!(made.manifest(), opened.manifest());
+    assert_eq!(opened.manifest().fields, fields());
+    let mut last = (0, 0);
+    let loaded = opened
+        .load_memory(|done, total| last = (done, total))
+        .unwrap();
+    assert_eq!(read_all(&loaded), bytes);
+    assert!(last.0 == last.1 && last.1 > 0, "{last:?}");
+    assert!(loaded.write_at(b"x", 0).is_err(), "it is sealed");
+    assert_eq!(opened.device_state().unwrap(), b"devices");
+    let disk = opened.disk().unwrap();
+    assert_eq!(&read_all(&disk.layers()[0].file)[..6], b"a disk");
+    assert!(disk.layers()[0].file.write_at(b"x", 0).is_err());
+    opened.verify().unwrap();
+    assert!(opened.disk_space().unwrap().own_bytes > 0);
+    let folder = lab.store.directory().join("one");
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&folder), 0o700);
+    for name in ["manifest.json", "memory.pages", "state.bin"] {
+        assert_eq!(mode(&folder.join(name)), 0o600, "{name}");
+    }
+    assert!(!format!("{:?}", opened.manifest()).contains("secret"));
+}
+
+#[test]
+fn a_tag_is_taken_early_and_given_back() {
+    let lab = Lab::new();
+    let draft = lab.store.begin(&tag("one")).unwrap();
+    assert!(matches!(
+        lab.store.begin(&tag("one")),
+        Err(SnapshotError::Busy(_))
+    ));
+    assert_eq!(lab.store.sweep().unwrap(), Swept::default());
+    drop(draft);
+    assert_eq!(lab.names(), [".lock"]);
+    lab.whole("one", &lab::pattern(2), None);
+    assert!(matches!(
+        lab.store.begin(&tag("one")),
+        Err(SnapshotError::Exists(_))
+    ));
+    let draft = lab.store.begin(&tag("two")).unwrap();
+    assert!(matches!(
+        draft.finish(fields()),
+        Err(SnapshotError::Refused { .. })
+    ));
+    assert_eq!(lab.names(), [".lock", "one"]);
+}
+
+#[test]
+fn parents_stay_as_long_as_they_are_needed() {
+    let lab = Lab::new();
+    let base = lab::pattern(4);
+    lab.whole("a", &base, None);
+    lab.difference("b", "a", &[(1, [7; PAGE])]);
+    lab.difference("c", "b", &[(2, [0; PAGE])]);
+    assert_eq!(lab.store.open(&tag("c")).unwrap().depth().unwrap(), 3);
+    let error = lab.store.remove(&tag("a"), false).unwrap_err().to_string();
+    assert!(
+        error.contains("'b'") && error.contains("--prune-children"),
+        "{error}"
+    );
+    // A manifest of a later version still holds its parent.
+    let path = lab.store.directory().join("b/manifest.json");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replacen("\"version\":1", "\"version\":2", 1)).unwrap();
+    let error = lab.store.open(&tag("b")).unwrap_err().to_string();
+    assert!(error.contains("version 2"), "{error}");
+    assert!(lab.store.remove(&tag("a"), false).is_err());
+    let listed = lab.store.list().unwrap();
+    let good: Vec<bool> = listed.iter().map(|one| one.snapshot.is_ok()).collect();
+    assert_eq!(good, [true, false, true]);
+    fs::write(&path, text).unwrap();
+
+    let before = lab.store.open(&tag("c")).unwrap();
+    let draft = lab.begin_difference("d", "c", &[(0, [9; PAGE])]);
+    let removed = lab.store.remove(&tag("a"), true).unwrap();
+    assert_eq!(removed.tags, [tag("c"), tag("b"), tag("a")]);
+    assert!(removed.freed_bytes > 0);
+    let gone = |error| matches!(error, SnapshotError::ParentGone { .. });
+    assert!(gone(draft.finish(fields()).unwrap_err()));
+    assert!(gone(before.load_memory(|_, _| ()).unwrap_err()));
+    assert_eq!(lab.names(), [".lock"]);
+    let again = lab.store.remove(&tag("a"), true);
+    assert!(matches!(again, Err(SnapshotError::NotFound(_))));
+}
+
+#[test]
+fn a_line_has_an_end() {
+    let lab = Lab::new();
+    lab.whole("s1", &lab::pattern(2), None);
+    for depth in 2..=fcvm_snapshot::DEPTH_MAX {
+        lab.difference(
+            &format!("s{depth}"),
+            &format!("s{}", depth - 1),
+            &[(0, [depth as u8; PAGE])],
+        );
+    }
+    let parent = lab.store.open(&tag("s32")).unwrap();
+    let memory = parent.load_memory(|_, _| ()).unwrap();
+    assert_eq!(read_all(&memory)[0], 32);
+    let over = pages_over(&memory, &[(0, [1; PAGE])]);
+    let mut draft = lab.store.begin(&tag("s33")).unwrap();
+    let error = draft
+        .write_memory_difference(&memory, &over, &parent)
+        .unwrap_err();
+    assert!(error.to_string().contains("--full"), "{error}");
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let lab = Lab::new();
+    lab.whole("a", &lab::pattern(3), Some(b"disk"));
+    lab.difference("b", "a", &[(0, [5; PAGE]), (1, [0; PAGE])]);
+    let folder = lab.store.directory().join("b");
+    for name in ["a", "b"] {
+        for entry in fs::read_dir(lab.store.directory().join(name)).unwrap() {
+            let path = entry.unwrap().path();
+            let whole = fs::read(&path).unwrap();
+            let file = fs::File::options().write(true).open(&path).unwrap();
+            // Every byte of what is short, samples of the rest: a bit each.
+            let step = if whole.len() < 4096 { 1 } else { 37 };
+            for at in (0..whole.len()).step_by(step) {
+                let bit = at % 8;
+                file.write_all_at(&[whole[at] ^ (1 << bit)], at as u64)
+                    .unwrap();
+                let found = lab.store.open(&tag(name)).and_then(|one| one.verify());
+                assert!(found.is_err(), "{}: byte {at}, bit {bit}", path.display());
+                file.write_all_at(&[whole[at]], at as u64).unwrap();
+            }
+            file.set_len(whole.len() as u64 - 1).unwrap();
+            assert!(lab.store.open(&tag(name)).is_err(), "{}", path.display());
+            fs::write(&path, &whole).unwrap();
+            let away = folder.with_file_name("away");
+            fs::rename(&path, &away).unwrap();
+            assert!(lab.store.open(&tag(name)).is_err(), "{}", path.display());
+            fs::rename(&away, &path).unwrap();
+        }
+        lab.store.open(&tag(name)).unwrap().verify().unwrap();
+    }
+    // A whole file of another snapshot is no better.
+    let other = lab.store.directory().join("a/memory.pages");
+    fs::copy(other, folder.join("memory.pages")).unwrap();
+    assert!(lab.store.open(&tag("b")).is_err());
+    assert!(Manifest::parse(&tag("b"), &vec![b' '; 2 << 20]).is_err());
+}
+
+const CREATOR: &str = "FCVM_TEST_CREATOR";
+const STAGES: [&str; 5] = ["begun", "memory", "state", "disk", "manifest"];
+
+/// What the killed child does: up to a stage, which it tells, and waits there.
+fn create_until(directory: &str, stage: &str) {
+    let store = SnapshotStore::new(directory.into());
+    let reached = |name| {
+        if name == stage {
+            println!("\nreached");
+            std::io::stdout().flush().unwrap();
+            std::thread::park();
+        }
+    };
+    let mut draft = store.begin(&tag("one")).unwrap();
+    reached("begun");
+    draft
+        .write_memory_whole(&memory_of(&lab::pattern(4)), None)
+        .unwrap();
+    reached("memory");
+    draft.write_state(b"state").unwrap();
+    reached("state");
+    draft
+        .write_disk(&disk_of(Path::new(directory).parent().unwrap(), b"disk"))
+        .unwrap();
+    reached("disk");
+    println!("\nreached");
+    std::io::stdout().flush().unwrap();
+    draft.finish(fields()).unwrap();
+}
+
+#[test]
+fn a_killed_creator_leaves_nothing_visible() {
+    if let Ok(stage) = std::env::var(CREATOR) {
+        let (stage, directory) = stage.split_once(':').unwrap();
+        return create_until(directory, stage);
+    }
+    for stage in STAGES {
+        let lab = Lab::new();
+        drop(lab.store.begin(&tag("other")).unwrap());
+        // The manifest is written, and the name waits for the lock.
+        let lock = fs::File::open(lab.store.directory().join(".lock")).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "a_killed_creator_leaves_nothing_visible",
+                "--nocapture",
+            ])
+            .env(
+                CREATOR,
+                format!("{stage}:{}", lab.store.directory().display()),
+            )
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let hidden = lab.store.directory().join(".new-one");
+        if stage == "manifest" {
+            while !hidden.join("disk-0.raw").exists() && child.try_wait().unwrap().is_none() {
+                std::thread::yield_now();
+            }
+            lock.lock().unwrap();
+        }
+        assert!(lines.any(|line| line.unwrap() == "reached"), "{stage}");
+        if stage == "manifest" {
+            while !hidden.join("manifest.json").exists() {
+                std::thread::yield_now();
+            }
+        } else {
+            assert_eq!(lab.store.sweep().unwrap(), Swept::default(), "{stage}");
+            assert!(matches!(
+                lab.store.begin(&tag("one")),
+                Err(SnapshotError::Busy(_))
+            ));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        drop(lock);
+        assert!(lab.store.list().unwrap().is_empty(), "{stage}");
+        assert_eq!(lab.store.sweep().unwrap().folder_count, 1, "{stage}");
+        assert_eq!(lab.names(), [".lock"], "{stage}");
+    }
+}
+
+#[test]
+fn a_dead_creators_tag_and_a_dead_removers_folder_are_free() {
+    let lab = Lab::new();
+    for name in [".new-one", ".removed-0"] {
+        fs::create_dir_all(lab.store.directory().join(name)).unwrap();
+        fs::write(lab.store.directory().join(name).join("memory.pages"), b"x").unwrap();
+    }
+    lab.whole("one", &lab::pattern(2), None);
+    assert_eq!(lab.store.sweep().unwrap().folder_count, 1);
+    assert_eq!(lab.names(), [".lock", "one"]);
+}
+
+#[test]
+fn a_full_file_system_is_told_and_nothing_is_left() {
+    const CHILD: &str = "FCVM_TEST_MOUNT";
+    if let Ok(mount) = std::env::var(CHILD) {
+        return fill(Path::new(&mount));
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let script = "mount -t tmpfs -o size=4m fcvm-test \"$1\" || exit 77; \
+                  exec \"$2\" --exact a_full_file_system_is_told_and_nothing_is_left --nocapture";
+    let output = Command::new("unshare")
+        .args([
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            "sh",
+        ])
+        .args([directory.path(), &std::env::current_exe().unwrap()])
+        .env(CHILD, directory.path())
+        .output();
+    match output {
+        Ok(output) if !matches!(output.status.code(), Some(1 | 77)) => assert!(
+            output.status.success(),
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        ),
+        _ => println!("skipped: no user namespace to mount a file system in"),
+    }
+}
+
+fn fill(mount: &Path) {
+    let store = SnapshotStore::new(mount.join("snapshots"));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let small = memory_of(&lab::pattern(4));
+    let full = |error: SnapshotError| {
+        let text = error.to_string();
+        assert!(matches!(error, SnapshotError::Full { .. }), "{text}");
+        assert!(text.contains("is full") && !text.contains('\n'), "{text}");
+    };
+    for stage in ["memory", "state", "disk", "manifest"] {
+        let mut draft = store.begin(&tag("one")).unwrap();
+        let large = memory_of(&lab::pattern(2000));
+        if stage == "memory" {
+            full(draft.write_memory_whole(&large, None).unwrap_err());
+        } else {
+            draft.write_memory_whole(&small, None).unwrap();
+        }
+        match stage {
+            "state" => {
+                full(draft.write_state(&vec![1; 8 << 20]).unwrap_err());
+                drop(draft);
+            }
+            "disk" => {
+                let disk = disk_of(elsewhere.path(), &vec![1; 8 << 20]);
+                full(draft.write_disk(&disk).unwrap_err());
+                drop(draft);
+            }
+            "manifest" => {
+                draft.write_state(b"state").unwrap();
+                // All that is left, to the last page.
+                let mut rest = fs::File::create(mount.join("rest")).unwrap();
+                while rest.write_all(&[1; PAGE]).is_ok() {}
+                full(draft.finish(fields()).unwrap_err());
+                fs::remove_file(mount.join("rest")).unwrap();
+            }
+            _ => drop(draft),
+        }
+        let left: Vec<_> = fs::read_dir(store.directory()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{stage}: {left:?}");
+    }
+}
