@@ -7,13 +7,16 @@ use crate::report::Finding;
 /// What everything may depend on, each only on those before it.
 const BASE: [&str; 3] = ["fcvm-types", "fcvm-wire", "fcvm-process"];
 /// Each depends on the base, never on another one.
-const ENGINES: [&str; 5] = [
+const ENGINES: [&str; 6] = [
     "fcvm-hypervisor",
     "fcvm-image",
     "fcvm-kernel",
+    "fcvm-memory",
     "fcvm-network",
     "fcvm-storage",
 ];
+/// What is kept of several engines at once, and the engines that it is over.
+const KEEPER: (&str, [&str; 2]) = ("fcvm-snapshot", ["fcvm-memory", "fcvm-storage"]);
 /// The composer: sees all of the above.
 const COMPOSER: &str = "fcvm";
 /// The guest's side: sees data types and protocol, never what runs on the host.
@@ -82,7 +85,7 @@ fn is_known(name: &str) -> bool {
     BASE.contains(&name)
         || ENGINES.contains(&name)
         || TOOLS.contains(&name)
-        || [COMPOSER, AGENT].contains(&name)
+        || [KEEPER.0, COMPOSER, AGENT].contains(&name)
 }
 
 /// Why a dependency is not allowed; none where it is.
@@ -108,6 +111,11 @@ fn refusal(edge: Edge<'_>, is_member: bool) -> Option<String> {
             return None;
         }
         "engines depend on the base only, never on each other"
+    } else if from == KEEPER.0 {
+        if BASE.contains(&to) || KEEPER.1.contains(&to) {
+            return None;
+        }
+        "snapshots are kept of memory and disks, and know nothing of what made them"
     } else if from == AGENT {
         if ["fcvm-types", "fcvm-wire"].contains(&to) {
             return None;
@@ -156,6 +164,7 @@ mod tests {
             ("fcvm-network", "fcvm-process"),
             ("fc-agent", "fcvm-wire"),
             ("fcvm", "fcvm-kernel"),
+            ("fcvm-snapshot", "fcvm-memory"),
             ("fcvm-bench", "fcvm-image"),
             ("fcvm", "clap"),
             ("fc-agent", "anyhow"),
@@ -169,6 +178,8 @@ mod tests {
             ("fcvm-wire", "fcvm-process"),
             ("fcvm-image", "fcvm-kernel"),
             ("fcvm-image", "fcvm"),
+            ("fcvm-snapshot", "fcvm-hypervisor"),
+            ("fcvm-memory", "fcvm-snapshot"),
             ("fc-agent", "fcvm-process"),
             ("fc-agent", "fcvm-image"),
             ("fcvm", "fc-agent"),

@@ -191,6 +191,22 @@ pub(crate) async fn execute(
     }
 }
 
+/// Starts the owners of clones with these names.
+pub(crate) fn start_all(
+    context: &Context,
+    family: &Family<'_>,
+    names: Vec<VmName>,
+) -> anyhow::Result<(Vec<Starting>, Vec<OwnedFd>)> {
+    let mut starting = Vec::new();
+    let mut channels = Vec::new();
+    for name in names {
+        let (owner, channel) = start(context, family, name)?;
+        starting.push(owner);
+        channels.push(channel);
+    }
+    Ok((starting, channels))
+}
+
 /// `fcvm owner --clone`: the other side of [`start`].
 pub(crate) async fn owner(context: &Context) -> anyhow::Result<u8> {
     let channel = std::io::stdin().as_fd().try_clone_to_owned()?;

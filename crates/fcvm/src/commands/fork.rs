@@ -26,12 +26,8 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
     check_state(&record)?;
     let paths = store.paths(&record.id);
     let source = VmSpec::of(&paths)?;
-    let names = clones::names(
-        &store,
-        arguments.name.as_ref(),
-        &record.name,
-        arguments.count,
-    )?;
+    let wanted = arguments.name.as_ref();
+    let names = clones::names(&store, wanted, &record.name, arguments.count)?;
     let asking = connect(&paths.fork_socket()).with_context(|| {
         format!(
             "VM '{}' is ending, or its owner does not answer",
@@ -54,37 +50,32 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
         ports: &arguments.publish,
         remove_on_exit: arguments.rm,
     };
-    let mut starting = Vec::new();
-    let mut channels = Vec::new();
-    for name in names {
-        let (owner, channel) = clones::start(context, &family, name)?;
-        starting.push(owner);
-        channels.push(channel);
-    }
+    let (starting, channels) = clones::start_all(context, &family, names)?;
     let descriptors: Vec<BorrowedFd<'_>> = channels.iter().map(AsFd::as_fd).collect();
     asking.send(&ForkRequest::Fork, &descriptors)?;
     // An owner whose source gives up has to see its channel end.
     drop(channels);
-    let reply = asking.receive::<ForkReply>().await?;
-    let reply = reply.context("the source ended during the fork")?.0;
+    let reply = asking.receive().await?;
+    let (reply, _) = reply.context("the source ended during the fork")?;
     if let ForkReply::Failed { message } = &reply {
         // The clones end with their channels; they have nothing to add.
         let _ = clones::all_started(starting).await;
         bail!("VM '{}' could not be forked: {message}", record.name);
     }
-    if !source.ports.is_empty() && arguments.publish.is_empty() {
-        tracing::info!("the source keeps its published ports; -p gives a clone one of its own");
-    }
     let clones = clones::all_started(starting).await?;
-    let timings = match &reply {
+    let stood = match &reply {
         ForkReply::Frozen {
             pause_us,
             timings_us,
-        } => Some((&record, *pause_us, timings_us.as_slice())),
+        } => Some(Stood {
+            record: &record,
+            pause_us: *pause_us,
+            timings_us,
+        }),
         _ => None,
     };
     let answered = Answered {
-        source: timings,
+        source: stood,
         clones: &clones,
         spec: &source,
     };
@@ -104,10 +95,19 @@ pub(super) struct Wish<'a> {
 
 /// Clones that have started.
 pub(super) struct Answered<'a> {
-    /// The VM that they were forked from, how long it stood still, and the stages, in microseconds.
-    pub(super) source: Option<(&'a VmRecord, u64, &'a [(String, u64)])>,
+    /// The VM that they were forked from.
+    pub(super) source: Option<Stood<'a>>,
     pub(super) clones: &'a [(VmId, VmName)],
     pub(super) spec: &'a VmSpec,
+}
+
+/// A VM that stood still for its clones.
+pub(super) struct Stood<'a> {
+    pub(super) record: &'a VmRecord,
+    /// How long, in microseconds.
+    pub(super) pause_us: u64,
+    /// Microseconds of each stage.
+    pub(super) timings_us: &'a [(String, u64)],
 }
 
 /// Prints the clones and what they say; the exit code is the first that is not zero.
@@ -193,15 +193,17 @@ fn print_json(answered: &Answered<'_>, said: &[Said]) -> anyhow::Result<()> {
             clone
         })
         .collect();
-    let source = answered.source.map(|(record, pause_us, timings_us)| {
-        let timings: Vec<_> = timings_us
+    let source = answered.source.as_ref().map(|stood| {
+        let record = stood.record;
+        let timings: Vec<_> = stood
+            .timings_us
             .iter()
             .map(|(stage, microseconds)| json!({ "stage": stage, "microseconds": microseconds }))
             .collect();
         json!({
             "id": record.id,
             "name": record.name,
-            "pause_microseconds": pause_us,
+            "pause_microseconds": stood.pause_us,
             "timings": timings,
         })
     });

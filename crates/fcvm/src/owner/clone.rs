@@ -2,18 +2,20 @@
 //!
 //! Everything that takes time and does not need the source's state is done before it is asked for.
 
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::Pause;
+use fcvm_hypervisor::qemu::{QemuStandby, QemuVm};
 use fcvm_memory::{GuestMapping, PageFile};
 use fcvm_storage::FrozenDisk;
 use fcvm_types::guest::{ClonePlan, ExitStatus};
 use fcvm_types::record::{Lineage, VmState};
 use fcvm_wire::{Outcome, Request};
 
-use super::link::AgentLink;
+use super::link::{AgentLink, AgentStream};
 use super::machine::{self, Foundation, Prepared};
 use super::spec::VmSpec;
 use super::vm::RunningVm;
@@ -51,7 +53,7 @@ pub(super) async fn build(
     let prepared =
         machine::prepare_clone(context, spec, accelerator, template, entry, watch).await?;
     let Prepared {
-        mut standby,
+        standby,
         foundation,
         mut network,
         console,
@@ -65,40 +67,16 @@ pub(super) async fn build(
     channel.send(&Waiting, &[])?;
     let arrived = template::take_state(&channel).await?;
     watch.lap("state");
-    fill(
-        &foundation,
-        expected.as_ref(),
-        &arrived,
-        standby.vm().identity().pid,
-    )?;
+    let pid = standby.vm().identity().pid;
+    fill(&foundation, expected.as_ref(), &arrived, pid)?;
     watch.lap("memory and disk");
-    let socket = standby
-        .take_agent()
-        .context("the hypervisor gives no channel to the agent")?;
     let plan = ClonePlan {
         identity: spec.identity(network.guest.clone()),
         realtime_ns: super::realtime_ns(),
         entropy: entropy()?,
     };
-    // On its way before the guest runs: the first thing that its agent reads.
-    let adopting = AgentLink::adopt(socket, arrived.mark, plan).await?;
-    let machine = standby.load(&arrived.device).await?;
-    watch.lap("load");
-    machine.resume().await?;
-    watch.lap("resume");
-    let adopted = async {
-        let (link, stream) = adopting.finish().await?;
-        boot::opened(&stream).await?;
-        Ok::<_, anyhow::Error>((link, stream))
-    };
     let console_log = entry.paths.console_log();
-    let (link, stream) = tokio::select! {
-        adopted = tokio::time::timeout(spec.boot_timeout, adopted) => adopted.with_context(|| {
-            let limit = format!("the clone did not answer within {} s", spec.boot_timeout.as_secs());
-            machine::boot_failure(&limit, &console_log)
-        })??,
-        exit = machine.wait_exit() => bail!("the clone ended before it answered ({exit})"),
-    };
+    let (machine, link, stream) = wake(spec, standby, &arrived, plan, &console_log, watch).await?;
     watch.lap("agent");
     if let Some(command) = &spec.on_fork {
         run_hook(&link, spec, &lineage, command).await?;
@@ -114,6 +92,39 @@ pub(super) async fn build(
         console,
         serving: lineage.serve.is_some().then_some(channel),
     })
+}
+
+/// Lets the clone go on, and waits until its agent has taken its plan.
+async fn wake(
+    spec: &VmSpec,
+    mut standby: QemuStandby,
+    arrived: &StateOfVm,
+    plan: ClonePlan,
+    console_log: &Path,
+    watch: &mut Stopwatch,
+) -> anyhow::Result<(QemuVm, AgentLink, AgentStream)> {
+    let socket = standby
+        .take_agent()
+        .context("the hypervisor gives no channel to the agent")?;
+    // On its way before the guest runs: the first thing that its agent reads.
+    let adopting = AgentLink::adopt(socket, arrived.mark, plan).await?;
+    let machine = standby.load(&arrived.device).await?;
+    watch.lap("load");
+    machine.resume().await?;
+    watch.lap("resume");
+    let adopted = async {
+        let (link, stream) = adopting.finish().await?;
+        boot::opened(&stream).await?;
+        Ok::<_, anyhow::Error>((link, stream))
+    };
+    let (link, stream) = tokio::select! {
+        adopted = tokio::time::timeout(spec.boot_timeout, adopted) => adopted.with_context(|| {
+            let limit = format!("the clone did not answer within {} s", spec.boot_timeout.as_secs());
+            machine::boot_failure(&limit, console_log)
+        })??,
+        exit = machine.wait_exit() => bail!("the clone ended before it answered ({exit})"),
+    };
+    Ok((machine, link, stream))
 }
 
 /// Runs the command that the container has for becoming a clone. One that fails is told, and the clone

@@ -268,13 +268,14 @@ impl RunningVm {
             }
             None => (None, None),
         };
-        let present = foundation.scratch.borrow();
-        let scratch = match disk {
-            Some(DiskPlan::Leave { successor, .. }) => Some(successor),
-            Some(DiskPlan::Copy { .. }) | None => present.as_ref(),
+        let hardware = {
+            let present = foundation.scratch.borrow();
+            let scratch = match disk {
+                Some(DiskPlan::Leave { successor, .. }) => Some(successor),
+                Some(DiskPlan::Copy { .. }) | None => present.as_ref(),
+            };
+            foundation.hardware(memory, network, scratch, TRANSLATION_CACHE_BOOT)?
         };
-        let hardware = foundation.hardware(memory, network, scratch, TRANSLATION_CACHE_BOOT)?;
-        drop(present);
         let successor = foundation
             .qemu
             .prepare_successor(&self.machine.get(), hardware)

@@ -199,6 +199,17 @@ async fn start(
             .into());
         }
     };
+    let mut record = entry.record.clone();
+    record.state = VmState::Running;
+    record.started_at = Some(OffsetDateTime::now_utc());
+    record.health = spec.health.as_ref().map(|_| Health::Starting);
+    record.timings_us = watch.laps;
+    entry.store.write(&record)?;
+    Ok(started(entry, record, built, signals))
+}
+
+/// The VM as the owner's parts share it from now on.
+fn started(entry: Entry, record: VmRecord, built: Built, signals: Forwarded) -> Started {
     let Built {
         machine,
         foundation,
@@ -209,12 +220,6 @@ async fn start(
         console,
         serving,
     } = built;
-    let mut record = entry.record.clone();
-    record.state = VmState::Running;
-    record.started_at = Some(OffsetDateTime::now_utc());
-    record.health = spec.health.as_ref().map(|_| Health::Starting);
-    record.timings_us = watch.laps;
-    entry.store.write(&record)?;
     let (stop, stop_requests) = tokio::sync::mpsc::unbounded_channel();
     let vm = Rc::new(RunningVm {
         store: entry.store.clone(),
@@ -232,7 +237,7 @@ async fn start(
     if let Some(serving) = serving {
         tokio::task::spawn_local(clone::end_with(serving, Rc::clone(&vm)).in_current_span());
     }
-    Ok(Started {
+    Started {
         entry,
         vm,
         stream,
@@ -240,7 +245,7 @@ async fn start(
         signals,
         stop_requests,
         console,
-    })
+    }
 }
 
 /// How long after its channels a machine may end for the one to be the reason of the other.

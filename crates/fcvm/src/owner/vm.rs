@@ -120,6 +120,11 @@ impl RunningVm {
             if signal != SIGKILL {
                 bail!(self.paused());
             }
+            if self.out_of_space.get() {
+                // It would stop again at once, and its agent would never hear of the signal.
+                self.machine.kill();
+                return Ok(());
+            }
             self.unpause().await?;
         }
         finished(

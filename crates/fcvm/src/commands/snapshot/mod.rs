@@ -250,14 +250,7 @@ fn start(
         ports: &arguments.publish,
         remove_on_exit: arguments.rm,
     };
-    let mut starting = Vec::new();
-    let mut channels = Vec::new();
-    for name in names {
-        let (owner, channel) = clones::start(context, &family, name)?;
-        starting.push(owner);
-        channels.push(channel);
-    }
-    Ok((starting, channels))
+    clones::start_all(context, &family, names)
 }
 
 async fn finish(
