@@ -137,7 +137,7 @@ fn fcvm_boot(lab: &Lab) -> anyhow::Result<FcvmBoot> {
     let boot = FcvmBoot {
         seen: Seen { wall_ms, cpu_ms },
         qemu_cpu_ms: process::cpu_seconds(qemu_pid) * 1000.0,
-        stages: stages(&vm),
+        stages: stages(&vm["start_timings"]),
         owner_rss_mb: process::memory_bytes(child.0.id(), "Rss")? / 1e6,
         qemu: process::command_line(qemu_pid)?,
         accelerator: vm["accelerator"].as_str().unwrap_or("unknown").to_owned(),
@@ -156,7 +156,7 @@ fn fcvm_boot(lab: &Lab) -> anyhow::Result<FcvmBoot> {
 }
 
 /// Process id of a helper in the VM's resources.
-fn helper_pid(vm: &Value, role: &str) -> anyhow::Result<u32> {
+pub(crate) fn helper_pid(vm: &Value, role: &str) -> anyhow::Result<u32> {
     let resources = vm["resources"]
         .as_array()
         .context("the VM has no resources")?;
@@ -166,10 +166,12 @@ fn helper_pid(vm: &Value, role: &str) -> anyhow::Result<u32> {
         .context("a process id")
 }
 
-fn stages(vm: &Value) -> Vec<(String, f64)> {
-    let timings = vm["start_timings"].as_array().cloned().unwrap_or_default();
+/// Stages as fcvm tells them, in milliseconds.
+pub(crate) fn stages(timings: &Value) -> Vec<(String, f64)> {
+    let timings = timings.as_array();
     timings
-        .iter()
+        .into_iter()
+        .flatten()
         .filter_map(|timing| {
             Some((
                 timing["stage"].as_str()?.to_owned(),
@@ -228,7 +230,7 @@ fn floor_boot(command_line: &[String]) -> anyhow::Result<Seen> {
 }
 
 /// A process that ends with this value.
-struct Running(Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -240,7 +242,7 @@ impl Drop for Running {
 
 /// QEMU's command line without disks, network and what is inherited from the owner; the console goes
 /// to standard output.
-fn bare(full: &[String]) -> anyhow::Result<Vec<String>> {
+pub(crate) fn bare(full: &[String]) -> anyhow::Result<Vec<String>> {
     let (program, arguments) = full.split_first().context("QEMU has no command line")?;
     let mut line = vec![program.clone()];
     let mut rest = arguments.iter().peekable();

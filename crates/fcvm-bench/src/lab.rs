@@ -84,6 +84,13 @@ impl Lab {
         )
     }
 
+    /// Runs fcvm to its end and reads its standard output as JSON.
+    pub(crate) fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        let output = self.run(arguments)?;
+        serde_json::from_slice(&output)
+            .with_context(|| format!("fcvm {} gives no JSON", arguments.join(" ")))
+    }
+
     /// What `fcvm inspect` says of a VM or an image.
     pub(crate) fn inspect(&self, name: &str) -> anyhow::Result<Value> {
         let output = self.run(&["inspect", name])?;
@@ -96,18 +103,14 @@ impl Lab {
 
     /// Starts a VM in the background that waits to be used.
     pub(crate) fn start_vm(&self) -> anyhow::Result<BenchVm<'_>> {
+        self.start_vm_with(&[])
+    }
+
+    /// The same with options of `fcvm run`.
+    pub(crate) fn start_vm_with(&self, options: &[&str]) -> anyhow::Result<BenchVm<'_>> {
         let name = format!("bench-{}", std::process::id());
-        self.run(&[
-            "run",
-            "-d",
-            "--name",
-            &name,
-            "--pull",
-            "never",
-            &self.image,
-            "sleep",
-            "86400",
-        ])?;
+        let run = ["run", "-d", "--name", &name, "--pull", "never"];
+        self.run(&[&run[..], options, &[&self.image, "sleep", "86400"]].concat())?;
         Ok(BenchVm { lab: self, name })
     }
 }

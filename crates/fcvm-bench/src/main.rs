@@ -10,6 +10,7 @@
 mod boot;
 mod conditions;
 mod conversion;
+mod forks;
 mod images;
 mod lab;
 mod memory;
@@ -34,7 +35,9 @@ Usage: fcvm-bench [OPTIONS]
   --data-dir DIR     images and kernels, kept between runs [default: target/bench-data]
   --output FILE      results as JSON [default: target/bench-results.json]
   --rounds N         rounds of what is measured alternately [default: 7]
-  --only NAME,...    boot, session, streams, memory, relay, conversion [default: all]";
+  --quick            a few samples of each of fork, clones and pause
+  --only NAME,...    boot, session, streams, memory, relay, conversion,
+                     fork, clones, pause [default: all]";
 
 /// What the command line asks for.
 struct Options {
@@ -43,6 +46,7 @@ struct Options {
     data_dir: PathBuf,
     output: PathBuf,
     rounds: usize,
+    quick: bool,
     only: Vec<String>,
 }
 
@@ -101,6 +105,13 @@ fn run() -> anyhow::Result<()> {
     if options.wants("conversion") {
         conversion::measure(&lab, options.rounds, &mut report).context("conversion")?;
     }
+    if ["fork", "clones", "pause"]
+        .iter()
+        .any(|part| options.wants(part))
+    {
+        let scale = forks::Scale::new(options.rounds, options.quick);
+        forks::measure(&lab, |part| options.wants(part), scale, &mut report)?;
+    }
     report.conditions.load_after = conditions::load();
     println!("{report}");
     let json = serde_json::to_vec_pretty(&report)?;
@@ -120,6 +131,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
         data_dir: PathBuf::from("target/bench-data"),
         output: PathBuf::from("target/bench-results.json"),
         rounds: 7,
+        quick: false,
         only: Vec::new(),
     };
     let mut parser = lexopt::Parser::from_env();
@@ -130,6 +142,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
             Long("data-dir") => options.data_dir = parser.value()?.into(),
             Long("output") => options.output = parser.value()?.into(),
             Long("rounds") => options.rounds = parser.value()?.parse()?,
+            Long("quick") => options.quick = true,
             Long("only") => {
                 options.only = parser
                     .value()?
@@ -145,13 +158,16 @@ fn parse() -> anyhow::Result<Option<Options>> {
     if options.rounds == 0 {
         bail!("--rounds 0 measures nothing: 1 is the least");
     }
-    const PARTS: [&str; 6] = [
+    const PARTS: [&str; 9] = [
         "boot",
         "session",
         "streams",
         "memory",
         "relay",
         "conversion",
+        "fork",
+        "clones",
+        "pause",
     ];
     if let Some(unknown) = options
         .only

@@ -88,9 +88,67 @@ pub(crate) fn memory_bytes(pid: u32, field: &str) -> anyhow::Result<f64> {
     Ok(kilobytes * 1024.0)
 }
 
+/// What a part of a process's memory comes to, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Share {
+    pub(crate) pss: f64,
+    pub(crate) private_dirty: f64,
+}
+
+/// The mappings of a process whose file's name begins with `name`, and all others.
+pub(crate) fn shares(pid: u32, name: &str) -> anyhow::Result<(Share, Share)> {
+    let path = format!("/proc/{pid}/smaps");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    Ok(split_shares(&text, name))
+}
+
+fn split_shares(smaps: &str, name: &str) -> (Share, Share) {
+    let (mut named, mut others) = (Share::default(), Share::default());
+    let mut is_named = false;
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if !first.ends_with(':') {
+            // "start-end perms offset device inode name"
+            is_named = words.nth(4).is_some_and(|file| file.starts_with(name));
+            continue;
+        }
+        let bytes = words.next().and_then(|word| word.parse::<f64>().ok());
+        let bytes = bytes.unwrap_or(0.0) * 1024.0;
+        let share = if is_named { &mut named } else { &mut others };
+        match first {
+            "Pss:" => share.pss += bytes,
+            "Private_Dirty:" => share.private_dirty += bytes,
+            _ => {}
+        }
+    }
+    (named, others)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mappings_are_told_apart_by_their_files() {
+        let smaps = "\
+7f00-7f10 rw-p 00000000 00:01 12 /memfd:guest (deleted)
+Pss:                  40 kB
+Private_Dirty:         8 kB
+7f20-7f30 rw-p 00000000 00:00 0 
+Pss:                   3 kB
+Private_Dirty:         2 kB
+VmFlags: rd wr
+";
+        let kib = |pss: f64, private_dirty: f64| Share {
+            pss: pss * 1024.0,
+            private_dirty: private_dirty * 1024.0,
+        };
+        assert_eq!(
+            split_shares(smaps, "/memfd:guest"),
+            (kib(40.0, 8.0), kib(3.0, 2.0))
+        );
+    }
 
     #[test]
     fn a_busy_child_is_counted_while_it_lives_and_once_it_is_reaped() {

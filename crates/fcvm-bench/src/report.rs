@@ -17,6 +17,8 @@ pub(crate) enum Target {
     Ratio(f64),
     /// The median minus that of what it is compared with.
     Difference(f64),
+    /// The median and the quantile of 0.99.
+    Quantiles { median: f64, p99: f64 },
 }
 
 /// Samples of one thing.
@@ -25,6 +27,7 @@ pub(crate) struct Samples {
     name: String,
     median: f64,
     p90: f64,
+    p99: f64,
     min: f64,
     max: f64,
     samples: Vec<f64>,
@@ -39,6 +42,7 @@ impl Samples {
             name: name.into(),
             median: at(0.5),
             p90: at(0.9),
+            p99: at(0.99),
             min: at(0.0),
             max: at(1.0),
             samples,
@@ -97,6 +101,9 @@ impl Measure {
             Target::Median(limit) => self.measured.median <= limit,
             Target::Ratio(limit) => self.measured.median / other <= limit,
             Target::Difference(limit) => self.measured.median - other <= limit,
+            Target::Quantiles { median, p99 } => {
+                self.measured.median <= median && self.measured.p99 <= p99
+            }
         });
         self
     }
@@ -116,13 +123,16 @@ impl Measure {
             (Some(other), Some(Target::Difference(_))) => {
                 format!("{:+.0}", self.measured.median - other.median)
             }
-            (Some(other), _) => format!("x {:.2}", self.measured.median / other.median),
+            (Some(other), _) => format!("x {:.3}", self.measured.median / other.median),
         };
         let target = match self.target {
             None => String::new(),
             Some(Target::Median(limit)) => format!("<= {}", number(limit)),
-            Some(Target::Ratio(limit)) => format!("<= x {limit:.2}"),
+            Some(Target::Ratio(limit)) => format!("<= x {limit:.3}"),
             Some(Target::Difference(limit)) => format!("<= {limit:+.0}"),
+            Some(Target::Quantiles { median, p99 }) => {
+                format!("<= {}, p99 <= {}", number(median), number(p99))
+            }
         };
         let verdict = match self.met {
             None => "",
@@ -134,6 +144,7 @@ impl Measure {
             self.unit.to_owned(),
             spread(&self.measured),
             number(self.measured.p90),
+            number(self.measured.p99),
             self.measured.samples.len().to_string(),
             self.compared_with
                 .as_ref()
@@ -196,6 +207,7 @@ impl fmt::Display for Report {
             "unit",
             "median (min - max)",
             "p90",
+            "p99",
             "n",
             "compared with",
             "comes to",
@@ -238,6 +250,10 @@ mod tests {
         assert_eq!(measure(Target::Ratio(1.2)), Some(false));
         assert_eq!(measure(Target::Difference(20.0)), Some(true));
         assert_eq!(measure(Target::Difference(19.0)), Some(false));
+        let quantiles = |median, p99| measure(Target::Quantiles { median, p99 });
+        assert_eq!(quantiles(100.0, 110.0), Some(true));
+        assert_eq!(quantiles(100.0, 109.0), Some(false));
+        assert_eq!(quantiles(99.0, 110.0), Some(false));
         let alone =
             Measure::new("boot", "ms", Samples::new("a", vec![1.0])).target(Target::Ratio(9.0));
         assert_eq!(
