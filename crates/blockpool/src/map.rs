@@ -1,0 +1,201 @@
+//! The map of an object: from its records to those of the pool.
+//!
+//! A map is a tree whose leaves have a slot per record. Everything here changes metadata only; data was written before.
+
+use crate::error::{PoolError, Result};
+use crate::layout::{RECORD_BLOCKS, Tree};
+use crate::metadata::{Metadata, span};
+use crate::page::{PageKind, RecordPointer, SLOTS, Slot};
+
+/// Where a record's slot is: leaf, and number in it.
+fn position(record_index: u64) -> (u64, usize) {
+    (
+        record_index / SLOTS as u64,
+        (record_index % SLOTS as u64) as usize,
+    )
+}
+
+/// The bits of the blocks `first..end` of a record.
+pub(crate) fn block_bits(first: u64, end: u64) -> u16 {
+    (((1u32 << end) - 1) & !((1u32 << first) - 1)) as u16
+}
+
+impl Metadata {
+    /// The slot of a record.
+    pub(crate) fn slot(&mut self, map: Tree, record_index: u64) -> Result<Slot> {
+        let (leaf, index) = position(record_index);
+        match self.leaf(map, PageKind::Map, leaf)? {
+            Some(page) => Ok(page.slots()?[index]),
+            None => Ok(Slot::default()),
+        }
+    }
+
+    /// Replaces a slot: what only the new one names was reserved and is used from now on, what only the old one names loses a reference.
+    pub(crate) fn replace_slot(
+        &mut self,
+        map: &mut Tree,
+        record_index: u64,
+        slot: Slot,
+    ) -> Result<()> {
+        let old = self.slot(*map, record_index)?;
+        let old_records = [old.front.record, old.back.record];
+        let new_records = [slot.front.record, slot.back.record];
+        for record in slot
+            .records()
+            .filter(|record| !old_records.contains(record))
+        {
+            if !self.allocator.contains_record(record)
+                || self.allocator.is_used(record * RECORD_BLOCKS)
+            {
+                return Err(PoolError::Damaged {
+                    what: format!("record {record} is given to an object and is not free"),
+                });
+            }
+        }
+        self.store_slot(map, record_index, slot)?;
+        for record in slot
+            .records()
+            .filter(|record| !old_records.contains(record))
+        {
+            self.allocator.take_record(record);
+        }
+        for record in old.records().filter(|record| !new_records.contains(record)) {
+            self.release_record(record);
+        }
+        Ok(())
+    }
+
+    /// Stores a slot; references are the caller's.
+    fn store_slot(&mut self, map: &mut Tree, record_index: u64, slot: Slot) -> Result<()> {
+        let (leaf, index) = position(record_index);
+        let address = self.own_leaf(map, PageKind::Map, leaf)?;
+        self.page_mut(address)?.slots_mut()?[index] = slot;
+        Ok(())
+    }
+
+    /// Takes blocks away: they read as zeros.
+    pub(crate) fn punch(
+        &mut self,
+        map: &mut Tree,
+        first_block: u64,
+        block_count: u64,
+    ) -> Result<()> {
+        let end_block = first_block.saturating_add(block_count);
+        let mut record_index = first_block / RECORD_BLOCKS;
+        let end_record = end_block.div_ceil(RECORD_BLOCKS);
+        while record_index < end_record {
+            let (leaf, _) = position(record_index);
+            let next_leaf_record = (leaf + 1) * SLOTS as u64;
+            let Some(page) = self.leaf(*map, PageKind::Map, leaf)? else {
+                record_index = self.skip_hole(*map, leaf)?.unwrap_or(end_record);
+                continue;
+            };
+            while record_index < end_record.min(next_leaf_record) {
+                let slot = page.slots()?[position(record_index).1];
+                let record_block = record_index * RECORD_BLOCKS;
+                let first = first_block.saturating_sub(record_block);
+                let end = (end_block - record_block).min(RECORD_BLOCKS);
+                let bits = block_bits(first, end);
+                if slot.map() & bits != 0 {
+                    let left = Slot::normal(slot.front.without(bits), slot.back.without(bits));
+                    self.replace_slot(map, record_index, left)?;
+                }
+                record_index += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first record of the next leaf behind `leaf` that is there.
+    fn skip_hole(&mut self, map: Tree, leaf: u64) -> Result<Option<u64>> {
+        let next = self.next_leaf(map, PageKind::Map, leaf + 1)?;
+        Ok(next.map(|leaf| leaf * SLOTS as u64))
+    }
+
+    /// The first leaf from `from` on.
+    pub(crate) fn next_leaf(
+        &mut self,
+        map: Tree,
+        kind: PageKind,
+        from: u64,
+    ) -> Result<Option<u64>> {
+        let mut from = from;
+        while from < span(map.height) {
+            let mut pointer = map.root;
+            let mut level = map.height;
+            while level > 0 && !pointer.is_null() {
+                let page = self.page(pointer, kind, level)?;
+                pointer =
+                    page.children()?[(from / span(level - 1)) as usize % page.children()?.len()];
+                level -= 1;
+            }
+            if !pointer.is_null() {
+                return Ok(Some(from));
+            }
+            // Nothing in the whole part that the missing page stands for.
+            from = (from / span(level) + 1) * span(level);
+        }
+        Ok(None)
+    }
+
+    /// Drops everything behind `block_count` blocks.
+    pub(crate) fn shorten(&mut self, map: &mut Tree, block_count: u64) -> Result<()> {
+        let record_end = block_count.div_ceil(RECORD_BLOCKS);
+        let first_whole_leaf = record_end.div_ceil(SLOTS as u64);
+        self.cut(&mut map.root, PageKind::Map, map.height, first_whole_leaf)?;
+        let left_end = first_whole_leaf * SLOTS as u64 * RECORD_BLOCKS;
+        self.punch(map, block_count, left_end - block_count)?;
+        if map.root.is_null() {
+            map.height = 0;
+        }
+        Ok(())
+    }
+
+    /// Lets `count` records of one of the maps, from the first number on, and of another or the same have the same data.
+    ///
+    /// The pointers of both are marked, so that neither is overwritten in place again. Those of a snapshot need no mark.
+    pub(crate) fn share_records(
+        &mut self,
+        maps: &mut [Tree],
+        (source, source_first): (usize, u64),
+        (target, target_first): (usize, u64),
+        count: u64,
+        is_snapshot: bool,
+    ) -> Result<()> {
+        let epoch = self.epoch;
+        for offset in 0..count {
+            let slot = self.slot(maps[source], source_first + offset)?;
+            let old = self.slot(maps[target], target_first + offset)?;
+            if slot.is_null() && old.is_null() {
+                continue;
+            }
+            let marked = |pointer: RecordPointer| RecordPointer {
+                is_shared: !pointer.is_null(),
+                ..pointer
+            };
+            let kept = Slot {
+                front: marked(slot.front),
+                back: marked(slot.back),
+            };
+            if kept != slot && !is_snapshot {
+                self.store_slot(&mut maps[source], source_first + offset, kept)?;
+            }
+            for record in slot.records() {
+                self.records.add(record)?;
+            }
+            let born = |pointer: RecordPointer| RecordPointer {
+                birth: if pointer.is_null() { 0 } else { epoch },
+                ..pointer
+            };
+            let placed = Slot {
+                front: born(kept.front),
+                back: born(kept.back),
+            };
+            self.store_slot(&mut maps[target], target_first + offset, placed)?;
+            for record in old.records() {
+                self.release_record(record);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,498 @@
+//! Reading and writing what an object holds.
+//!
+//! A write goes to its place if nobody else can see that place, else to a new record, and the slot is changed when the data
+//! is written. Writes to one record are ordered by its stripe; the map is only locked to look at it and to change it.
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use crate::catalog::{Entry, EntryKind, ObjectId};
+use crate::error::{PoolError, Result};
+use crate::layout::{BLOCK, BLOCK_BYTES, RECORD, RECORD_BLOCKS, RECORD_BYTES};
+use crate::map::block_bits;
+use crate::metadata::Metadata;
+use crate::operation::Operation;
+use crate::page::{RecordPointer, Slot};
+use crate::pool::{Inner, Pool};
+
+/// An object or a snapshot of one, open. Clones are the same object.
+#[derive(Debug, Clone)]
+pub struct Object {
+    pool: Pool,
+    id: u64,
+    gate: Arc<RwLock<()>>,
+}
+
+/// Where the bytes of one write to one record go.
+struct Plan {
+    /// The record that is written.
+    target: u64,
+    /// It was reserved for this write.
+    is_new: bool,
+    old: Slot,
+    new: Slot,
+    /// Blocks that come over from the old slot.
+    copied: u16,
+}
+
+/// A piece of an object that is in one place.
+struct Extent {
+    /// Where on the disk; none for a hole.
+    disk_offset_bytes: Option<u64>,
+    length_bytes: usize,
+}
+
+/// Poisoning says that a thread panicked, not that what the gate guards is wrong: it guards an order.
+fn shared(gate: &RwLock<()>) -> RwLockReadGuard<'_, ()> {
+    gate.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Object {
+    pub(crate) fn new(pool: &Pool, id: u64) -> Self {
+        let gate = pool.inner.gate(id);
+        Self {
+            pool: pool.clone(),
+            id,
+            gate,
+        }
+    }
+
+    /// Its id, which no other one ever has.
+    #[must_use]
+    pub fn id(&self) -> ObjectId {
+        ObjectId(self.id)
+    }
+
+    /// The pool that it is in.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Its size.
+    ///
+    /// # Errors
+    ///
+    /// It was removed.
+    pub fn size_bytes(&self) -> Result<u64> {
+        let state = self.pool.inner.state();
+        Ok(state.metadata.entry(self.id)?.size_bytes)
+    }
+
+    /// Fills `buffer` with what is at `offset_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// The range is not inside the object, or cannot be read.
+    pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> Result<()> {
+        let inner = &*self.pool.inner;
+        let _io = shared(&inner.io_gate);
+        let extents = {
+            let mut state = inner.state();
+            let metadata = &mut state.metadata;
+            metadata.check_range(self.id, offset_bytes, buffer.len() as u64)?;
+            metadata.extents(self.id, offset_bytes, buffer.len())?
+        };
+        let mut rest = buffer;
+        for extent in extents {
+            let (piece, left) = rest.split_at_mut(extent.length_bytes);
+            match extent.disk_offset_bytes {
+                Some(offset_bytes) => inner
+                    .disk
+                    .read_at(piece, offset_bytes)
+                    .map_err(PoolError::io("read data"))?,
+                None => piece.fill(0),
+            }
+            rest = left;
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` at `offset_bytes`. Durable after the next [`Self::flush`].
+    ///
+    /// # Errors
+    ///
+    /// The range is not inside the object, the pool is full, or the disk refused; a part may be written then.
+    pub fn write_at(&self, bytes: &[u8], offset_bytes: u64) -> Result<()> {
+        let mut done = 0;
+        let mut was_full = false;
+        while done < bytes.len() {
+            match self.write_some(&bytes[done..], offset_bytes + done as u64) {
+                (written, Ok(())) => done += written,
+                // What was removed becomes free with a checkpoint.
+                (written, Err(PoolError::Full)) if !was_full => {
+                    done += written;
+                    was_full = true;
+                    self.pool.checkpoint()?;
+                }
+                (_, Err(error)) => return Err(error),
+            }
+        }
+        self.pool.checkpoint_if_due()
+    }
+
+    /// Writes until the end or a failure; also tells how much was written.
+    fn write_some(&self, bytes: &[u8], offset_bytes: u64) -> (usize, Result<()>) {
+        let inner = &*self.pool.inner;
+        let _io = shared(&inner.io_gate);
+        let _writer = shared(&self.gate);
+        let length_bytes = bytes.len() as u64;
+        if let Err(error) = inner
+            .state()
+            .check_writable(self.id, offset_bytes, length_bytes)
+        {
+            return (0, Err(error));
+        }
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset_bytes + done as u64;
+            let in_record = (at % RECORD_BYTES) as usize;
+            let length = (RECORD - in_record).min(bytes.len() - done);
+            let piece = &bytes[done..done + length];
+            if let Err(error) = inner.write_record(self.id, at / RECORD_BYTES, in_record, piece) {
+                return (done, Err(error));
+            }
+            done += length;
+        }
+        (done, Ok(()))
+    }
+
+    /// Makes a range read as zeros and gives its space back.
+    ///
+    /// # Errors
+    ///
+    /// The range is not inside the object, or the pool is out of order.
+    pub fn punch_hole(&self, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+        self.pool.retry_when_full(|| {
+            let inner = &*self.pool.inner;
+            let _io = shared(&inner.io_gate);
+            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            inner
+                .state()
+                .check_writable(self.id, offset_bytes, length_bytes)?;
+            let end_bytes = offset_bytes + length_bytes;
+            let first_block = offset_bytes.div_ceil(BLOCK_BYTES);
+            let end_block = end_bytes / BLOCK_BYTES;
+            if first_block > end_block {
+                return inner.zero_in_block(self.id, offset_bytes, end_bytes);
+            }
+            inner.zero_in_block(self.id, offset_bytes, first_block * BLOCK_BYTES)?;
+            inner.zero_in_block(self.id, end_block * BLOCK_BYTES, end_bytes)?;
+            if first_block == end_block {
+                return Ok(());
+            }
+            inner.state().commit(&Operation::Punch {
+                id: self.id,
+                first_block,
+                block_count: end_block - first_block,
+            })
+        })
+    }
+
+    /// Changes the size; what is new reads as zeros.
+    ///
+    /// # Errors
+    ///
+    /// The size is out of range, or the pool is out of order.
+    pub fn set_size(&self, size_bytes: u64) -> Result<()> {
+        self.pool.retry_when_full(|| {
+            let inner = &*self.pool.inner;
+            let _io = shared(&inner.io_gate);
+            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            inner.state().check_writable(self.id, 0, 0)?;
+            let old_bytes = inner.state().metadata.entry(self.id)?.size_bytes;
+            if size_bytes < old_bytes {
+                let block_end = size_bytes.next_multiple_of(BLOCK_BYTES);
+                inner.zero_in_block(self.id, size_bytes, block_end.min(old_bytes))?;
+            }
+            let id = self.id;
+            inner.state().commit(&Operation::Resize { id, size_bytes })
+        })
+    }
+
+    /// Returns when everything that was written to the pool before the call is durable.
+    ///
+    /// # Errors
+    ///
+    /// As [`Pool::flush`].
+    pub fn flush(&self) -> Result<()> {
+        self.pool.flush()
+    }
+}
+
+impl crate::pool::State {
+    fn check_writable(&self, id: u64, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+        self.check_running()?;
+        let entry = self.metadata.entry(id)?;
+        if entry.kind != EntryKind::Object {
+            return Err(PoolError::ReadOnly {
+                name: self.metadata.catalog.full_name(entry),
+            });
+        }
+        self.metadata.check_range(id, offset_bytes, length_bytes)
+    }
+}
+
+impl Metadata {
+    pub(crate) fn check_range(&self, id: u64, offset_bytes: u64, length_bytes: u64) -> Result<()> {
+        let entry = self.entry(id)?;
+        match offset_bytes.checked_add(length_bytes) {
+            Some(end) if end <= entry.size_bytes => Ok(()),
+            _ => Err(PoolError::OutOfRange {
+                name: self.catalog.full_name(entry),
+                offset_bytes,
+                length_bytes,
+                size_bytes: entry.size_bytes,
+            }),
+        }
+    }
+
+    /// Where a range is, in order; neighbours on the disk are one extent.
+    fn extents(&mut self, id: u64, offset_bytes: u64, length_bytes: usize) -> Result<Vec<Extent>> {
+        let map = self.entry(id)?.map;
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut slot = (u64::MAX, Slot::default());
+        let mut done = 0;
+        while done < length_bytes {
+            let at = offset_bytes + done as u64;
+            let (record_index, in_block) = (at / RECORD_BYTES, at % BLOCK_BYTES);
+            if slot.0 != record_index {
+                slot = (record_index, self.slot(map, record_index)?);
+            }
+            let block = at / BLOCK_BYTES % RECORD_BLOCKS;
+            let length = (BLOCK - in_block as usize).min(length_bytes - done);
+            let found = slot.1.find(block);
+            let place = found.map(|record| record * RECORD_BYTES + block * BLOCK_BYTES + in_block);
+            self.check_disk_place(place)?;
+            match extents.last_mut() {
+                Some(last) if last.is_followed_by(place) => last.length_bytes += length,
+                _ => extents.push(Extent {
+                    disk_offset_bytes: place,
+                    length_bytes: length,
+                }),
+            }
+            done += length;
+        }
+        Ok(extents)
+    }
+
+    fn check_disk_place(&self, place: Option<u64>) -> Result<()> {
+        match place {
+            Some(offset) if !self.allocator.contains_block(offset / BLOCK_BYTES) => {
+                Err(PoolError::Damaged {
+                    what: format!(
+                        "a map names record {}, which the pool has not",
+                        offset / RECORD_BYTES
+                    ),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Decides where blocks `bits` of a record of an object are written.
+    fn plan(&mut self, id: u64, record_index: u64, bits: u16) -> Result<Plan> {
+        let entry = self.entry(id)?;
+        let (map, share_epoch) = (entry.map, entry.share_epoch);
+        let old = self.slot(map, record_index)?;
+        if is_own(old.front, share_epoch) {
+            self.check_disk_place(Some(old.front.record * RECORD_BYTES))?;
+            let front = RecordPointer {
+                map: old.front.map | bits,
+                ..old.front
+            };
+            return Ok(Plan {
+                target: front.record,
+                is_new: false,
+                old,
+                new: Slot::normal(front, old.back),
+                copied: 0,
+            });
+        }
+        let target = self.reserve_record()?;
+        let (front, back) = (old.front.without(bits), old.back.without(bits));
+        // A slot has room for one older record. Of two, the one of which less is seen is copied.
+        let (copied, kept) = if front.is_null() {
+            (0, back)
+        } else if back.is_null() {
+            (0, front)
+        } else if front.map.count_ones() <= back.map.count_ones() {
+            (front.map, back)
+        } else {
+            (back.map, front)
+        };
+        let written = RecordPointer {
+            record: target,
+            map: bits | copied,
+            is_shared: false,
+            birth: self.epoch,
+        };
+        Ok(Plan {
+            target,
+            is_new: true,
+            old,
+            new: Slot::normal(written, kept),
+            copied,
+        })
+    }
+}
+
+/// Whether nobody else can see the record of a front pointer.
+fn is_own(front: RecordPointer, share_epoch: u64) -> bool {
+    !front.is_null() && !front.is_shared && front.birth > share_epoch
+}
+
+/// Whether an object with that entry would write a record in place.
+pub(crate) fn is_written_in_place(entry: &Entry, front: RecordPointer) -> bool {
+    entry.kind == EntryKind::Object && is_own(front, entry.share_epoch)
+}
+
+impl Extent {
+    fn is_followed_by(&self, place: Option<u64>) -> bool {
+        match (self.disk_offset_bytes, place) {
+            (None, None) => true,
+            (Some(begin), Some(place)) => begin + self.length_bytes as u64 == place,
+            _ => false,
+        }
+    }
+}
+
+impl Inner {
+    /// The gate of an object.
+    pub(crate) fn gate(&self, id: u64) -> Arc<RwLock<()>> {
+        let mut state = self.state();
+        // Those that nobody holds are of objects that nobody uses.
+        if state.gates.len() > 1024 && !state.gates.contains_key(&id) {
+            state.gates.retain(|_, gate| Arc::strong_count(gate) > 1);
+        }
+        Arc::clone(state.gates.entry(id).or_default())
+    }
+
+    /// Writes inside one record. The caller holds the gate of the object and `io_gate`.
+    fn write_record(&self, id: u64, record_index: u64, at: usize, bytes: &[u8]) -> Result<()> {
+        let stripe = Self::stripe_of(id, record_index);
+        let _only_writer = self.lock_stripe(stripe);
+        let end = at + bytes.len();
+        let first_block = (at / BLOCK) as u64;
+        let bits = block_bits(first_block, end.div_ceil(BLOCK) as u64);
+        let plan = {
+            let mut state = self.state();
+            state.check_running()?;
+            state.metadata.plan(id, record_index, bits)?
+        };
+        let written = self
+            .copy_blocks(&plan)
+            .and_then(|()| self.write_blocks(&plan, at, bytes));
+        if let Err(error) = written {
+            self.give_up(&plan);
+            return Err(error);
+        }
+        if plan.new == plan.old {
+            return Ok(());
+        }
+        let mut state = self.state();
+        let slot = plan.new;
+        if let Err(error) = state.commit(&Operation::Slot {
+            id,
+            record_index,
+            slot,
+        }) {
+            drop(state);
+            self.give_up(&plan);
+            return Err(error);
+        }
+        let fresh = match plan.is_new {
+            true => plan.new.front.map,
+            false => plan.new.front.map & !plan.old.front.map,
+        };
+        for block in (0..RECORD_BLOCKS).filter(|block| fresh >> block & 1 != 0) {
+            state
+                .pending
+                .fresh
+                .insert(plan.target * RECORD_BLOCKS + block, stripe);
+        }
+        Ok(())
+    }
+
+    /// Gives a record back that no slot names.
+    fn give_up(&self, plan: &Plan) {
+        if !plan.is_new {
+            return;
+        }
+        let mut state = self.state();
+        let allocator = &mut state.metadata.allocator;
+        if !allocator.is_used(plan.target * RECORD_BLOCKS) {
+            allocator.give_back_record(plan.target);
+        }
+    }
+
+    fn copy_blocks(&self, plan: &Plan) -> Result<()> {
+        for block in (0..RECORD_BLOCKS).filter(|block| plan.copied >> block & 1 != 0) {
+            let content = self.old_block(plan, block)?;
+            self.write_data(&content, plan.target, block as usize * BLOCK)?;
+        }
+        Ok(())
+    }
+
+    /// What a block was before the write.
+    fn old_block(&self, plan: &Plan, block: u64) -> Result<Vec<u8>> {
+        let mut content = vec![0; BLOCK];
+        if let Some(record) = plan.old.find(block) {
+            self.disk
+                .read_at(&mut content, record * RECORD_BYTES + block * BLOCK_BYTES)
+                .map_err(PoolError::io("read data"))?;
+        }
+        Ok(content)
+    }
+
+    fn write_data(&self, bytes: &[u8], record: u64, at: usize) -> Result<()> {
+        self.disk
+            .write_at(bytes, record * RECORD_BYTES + at as u64)
+            .map_err(PoolError::io("write data"))
+    }
+
+    /// Writes the bytes; a block that is not in the target yet is written as a whole.
+    fn write_blocks(&self, plan: &Plan, at: usize, bytes: &[u8]) -> Result<()> {
+        let end = at + bytes.len();
+        let is_there = |block: usize| !plan.is_new && plan.old.front.map >> block & 1 != 0;
+        let first_block = at / BLOCK;
+        let last_block = (end - 1) / BLOCK;
+        let fills_first = !at.is_multiple_of(BLOCK) && !is_there(first_block);
+        let fills_last = !end.is_multiple_of(BLOCK) && !is_there(last_block);
+        if !fills_first && !fills_last {
+            return self.write_data(bytes, plan.target, at);
+        }
+        let mut whole = Vec::with_capacity(bytes.len() + 2 * BLOCK);
+        let mut start = at;
+        if fills_first {
+            start = first_block * BLOCK;
+            whole.extend_from_slice(&self.old_block(plan, first_block as u64)?[..at - start]);
+        }
+        whole.extend_from_slice(bytes);
+        if fills_last {
+            let rest = &self.old_block(plan, last_block as u64)?[end - last_block * BLOCK..];
+            whole.extend_from_slice(rest);
+        }
+        self.write_data(&whole, plan.target, start)
+    }
+
+    /// Writes zeros inside one block, where it has anything. The caller holds the gate exclusively.
+    fn zero_in_block(&self, id: u64, begin_bytes: u64, end_bytes: u64) -> Result<()> {
+        if begin_bytes >= end_bytes {
+            return Ok(());
+        }
+        let record_index = begin_bytes / RECORD_BYTES;
+        let block = begin_bytes / BLOCK_BYTES % RECORD_BLOCKS;
+        let slot = {
+            let mut state = self.state();
+            let map = state.metadata.entry(id)?.map;
+            state.metadata.slot(map, record_index)?
+        };
+        if slot.find(block).is_none() {
+            return Ok(());
+        }
+        let zeros = [0; BLOCK];
+        let length = (end_bytes - begin_bytes) as usize;
+        let at = (begin_bytes % RECORD_BYTES) as usize;
+        self.write_record(id, record_index, at, &zeros[..length])
+    }
+}
