@@ -211,11 +211,6 @@ impl Allocator {
         self.free_records
     }
 
-    /// Records that will be free after the next checkpoint.
-    pub(crate) fn freed_count(&self) -> usize {
-        self.freed.len()
-    }
-
     /// All records for data and pages.
     pub(crate) fn total_records(&self) -> u64 {
         self.record_count - self.first_record

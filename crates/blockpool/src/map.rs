@@ -138,6 +138,34 @@ impl Metadata {
         Ok(None)
     }
 
+    /// The first block from `from` on that holds something, or that does not; none behind the last leaf.
+    pub(crate) fn next_block(&mut self, map: Tree, from: u64, holds: bool) -> Result<Option<u64>> {
+        let leaf_blocks = SLOTS as u64 * RECORD_BLOCKS;
+        let mut from = from;
+        while let Some(leaf) = self.next_leaf(map, PageKind::Map, from / leaf_blocks)? {
+            if leaf * leaf_blocks > from {
+                if !holds {
+                    return Ok(Some(from));
+                }
+                from = leaf * leaf_blocks;
+            }
+            let Some(page) = self.leaf(map, PageKind::Map, leaf)? else {
+                break;
+            };
+            let end = (leaf + 1) * leaf_blocks;
+            let slots = page.slots()?;
+            let found = (from..end).find(|block| {
+                let slot = slots[position(block / RECORD_BLOCKS).1];
+                (slot.map() >> (block % RECORD_BLOCKS) & 1 != 0) == holds
+            });
+            if found.is_some() {
+                return Ok(found);
+            }
+            from = end;
+        }
+        Ok((!holds).then_some(from))
+    }
+
     /// Drops everything behind `block_count` blocks.
     pub(crate) fn shorten(&mut self, map: &mut Tree, block_count: u64) -> Result<()> {
         let record_end = block_count.div_ceil(RECORD_BLOCKS);

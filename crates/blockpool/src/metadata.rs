@@ -470,7 +470,7 @@ impl Metadata {
 
     /// A record for data. Some of the pool is kept for metadata, so that what is full can still be emptied.
     pub(crate) fn reserve_record(&mut self) -> Result<u64> {
-        let kept = self.checkpoint_need_records() + 4 + self.allocator.total_records() / 64;
+        let kept = self.checkpoint_need_records() + 12 + self.allocator.total_records() / 64;
         if self.allocator.free_records() <= kept {
             return Err(PoolError::Full);
         }

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::catalog::{Entry, EntryKind, ObjectId};
+use crate::catalog::{EntryKind, ObjectId};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK, BLOCK_BYTES, RECORD, RECORD_BLOCKS, RECORD_BYTES};
 use crate::map::block_bits;
@@ -105,6 +105,27 @@ impl Object {
             rest = left;
         }
         Ok(())
+    }
+
+    /// The first range from `offset_bytes` on that may hold anything but zeros: begin and end, in bytes; none up to the end.
+    ///
+    /// # Errors
+    ///
+    /// The object was removed, or its map cannot be read.
+    pub fn next_data(&self, offset_bytes: u64) -> Result<Option<(u64, u64)>> {
+        let mut state = self.pool.inner.state();
+        let entry = state.metadata.entry(self.id)?;
+        let (map, size_bytes) = (entry.map, entry.size_bytes);
+        let Some(block) = state
+            .metadata
+            .next_block(map, offset_bytes / BLOCK_BYTES, true)?
+        else {
+            return Ok(None);
+        };
+        let begin = (block * BLOCK_BYTES).max(offset_bytes);
+        let end_block = state.metadata.next_block(map, block, false)?;
+        let end = end_block.map_or(size_bytes, |block| (block * BLOCK_BYTES).min(size_bytes));
+        Ok((begin < end).then_some((begin, end)))
     }
 
     /// Writes `bytes` at `offset_bytes`. Durable after the next [`Self::flush`].
@@ -339,11 +360,6 @@ impl Metadata {
 /// Whether nobody else can see the record of a front pointer.
 fn is_own(front: RecordPointer, share_epoch: u64) -> bool {
     !front.is_null() && !front.is_shared && front.birth > share_epoch
-}
-
-/// Whether an object with that entry would write a record in place.
-pub(crate) fn is_written_in_place(entry: &Entry, front: RecordPointer) -> bool {
-    entry.kind == EntryKind::Object && is_own(front, entry.share_epoch)
 }
 
 impl Extent {

@@ -115,6 +115,16 @@ impl Pool {
     /// The size is out of range, or the disk cannot be written.
     pub fn create(disk: Arc<dyn Disk>, size_bytes: u64, pool_id: [u8; 16]) -> Result<Self> {
         let superblock = Superblock::new(pool_id, size_bytes)?;
+        let failed = PoolError::io("find the size of the pool's disk");
+        let disk_bytes = disk.size_bytes().map_err(failed)?;
+        if disk_bytes < size_bytes {
+            return Err(PoolError::Size {
+                what: "a pool on this disk",
+                size_bytes,
+                min_bytes: crate::layout::POOL_MIN_BYTES,
+                max_bytes: disk_bytes,
+            });
+        }
         // No superblock of an earlier pool may be left, and appending to the log must need no space.
         let zeros = vec![0; 1 << 20];
         let end = superblock.first_block() * BLOCK_BYTES;

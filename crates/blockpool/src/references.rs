@@ -166,8 +166,9 @@ impl References {
         self.dirty_leaves.len()
     }
 
-    /// How many leaves there may be.
-    pub(crate) fn leaf_count(&self) -> u64 {
+    /// How many leaves there may be; for tests.
+    #[cfg(test)]
+    fn leaf_count(&self) -> u64 {
         self.leaves.len() as u64
     }
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod machine;
 pub(crate) mod model;
+pub(crate) mod rounds;
 
 /// Numbers from a seed: SplitMix64, Steele et al., OOPSLA 2014.
 #[derive(Debug, Clone)]

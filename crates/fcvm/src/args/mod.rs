@@ -2,6 +2,7 @@
 
 pub(crate) mod fork;
 pub(crate) mod image;
+pub(crate) mod pool;
 pub(crate) mod run;
 pub(crate) mod snapshot;
 pub(crate) mod system;
@@ -113,6 +114,8 @@ pub(crate) enum Command {
     /// Manage images
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// The block-cloning pool: disks with instant copies and snapshots
+    Pool(pool::PoolArguments),
     /// Prepare this host: guest kernel, checks
     Setup(system::SetupArguments),
     /// Disk usage and clean-up
@@ -142,9 +145,6 @@ pub(crate) enum Command {
     /// The throw-away guest that shows whether KVM runs guests
     #[command(hide = true)]
     ProbeGuest,
-    /// The block-cloning pool (not in this version)
-    #[command(hide = true, disable_help_flag = true)]
-    Pool(Later),
     /// Kernel builds (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Kernel(Later),

@@ -10,6 +10,7 @@ pub(crate) mod inspect;
 pub(crate) mod lifecycle;
 pub(crate) mod logs;
 pub(crate) mod ls;
+pub(crate) mod pool;
 pub(crate) mod preflight;
 pub(crate) mod run;
 pub(crate) mod sanity;

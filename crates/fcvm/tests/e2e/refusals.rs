@@ -23,7 +23,6 @@ fn what_is_not_in_this_version_is_refused_and_never_ignored() {
         &["fork", "vm"][..],
         &["clone", "vm", "-n", "3"],
         &["snapshot", "create", "vm", "--tag", "t"],
-        &["pool", "status"],
         &["kernel", "build"],
         &["events", "--follow"],
         &["serve"],

@@ -1,0 +1,116 @@
+//! `fcvm pool`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use fcvm_types::ByteSize;
+
+use super::Format;
+
+/// `fcvm pool ...`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        fcvm pool create --size 100g                     a pool that takes what is written to it\n  \
+        fcvm pool import disk.raw vms/base               a disk in it\n  \
+        fcvm pool clone vms/base vms/web                 a copy at once, whatever its size\n  \
+        fcvm pool snapshot vms@monday                    all disks of a dataset at one moment\n  \
+        fcvm pool rollback vms/web@monday                back to it\n  \
+        fcvm pool destroy vms/web@monday                 remove the snapshot\n  \
+        fcvm pool --pool /dev/sdb1 status --format json  a pool on a partition\n\n\
+        A pool can be open in one process at a time. Names are DATASET, DATASET/OBJECT,\n\
+        DATASET/OBJECT@SNAPSHOT and DATASET@SNAPSHOT (all objects of the dataset).")]
+pub(crate) struct PoolArguments {
+    /// File or block device of the pool [default: pool/pool.img in the data directory]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) pool: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: PoolCommand,
+}
+
+/// The verbs of `fcvm pool`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolCommand {
+    /// Make a pool
+    Create {
+        /// Largest size; a file takes only what is written to it
+        #[arg(long, value_name = "SIZE")]
+        size: ByteSize,
+    },
+    /// Let a pool become larger
+    Grow {
+        /// New size
+        size: ByteSize,
+    },
+    /// Show where the space is
+    Status {
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// List datasets, objects and snapshots with what they take
+    #[command(alias = "list")]
+    Ls {
+        /// Only this one and what is in it
+        name: Option<String>,
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// Copy a file, or standard input ('-'), into a new object; the dataset is made if need be
+    Import {
+        /// File, block device, or '-'
+        file: PathBuf,
+        /// DATASET/OBJECT
+        name: String,
+    },
+    /// Copy an object or snapshot into a new file, holes left out
+    Export {
+        /// DATASET/OBJECT or DATASET/OBJECT@SNAPSHOT
+        name: String,
+        /// File to make
+        file: PathBuf,
+    },
+    /// Make an object that holds what another one, or a snapshot, holds
+    Clone {
+        /// DATASET/OBJECT or DATASET/OBJECT@SNAPSHOT
+        source: String,
+        /// DATASET/OBJECT to make
+        target: String,
+    },
+    /// Keep an object, or all objects of a dataset, as they are now
+    Snapshot {
+        /// DATASET/OBJECT@SNAPSHOT or DATASET@SNAPSHOT
+        name: String,
+    },
+    /// Make an object, or all objects of a dataset, what they were
+    Rollback {
+        /// DATASET/OBJECT@SNAPSHOT or DATASET@SNAPSHOT
+        name: String,
+    },
+    /// Remove datasets, objects and snapshots
+    #[command(alias = "rm")]
+    Destroy {
+        /// Also what is in them
+        #[arg(short, long)]
+        recursive: bool,
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Read everything that has a checksum, repair what can be repaired, list what is lost
+    Scrub {
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// Count all references anew and compare
+    Check {
+        /// Make the counts what was found
+        #[arg(long)]
+        repair: bool,
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+}
