@@ -77,6 +77,10 @@ bench: agent ## measure against the floor and the peers; prints a table and JSON
 fuzz: ## build the fuzz targets and let each search for FUZZ_SECONDS (30)
 	scripts/fuzz
 
+.PHONY: soak-pool
+soak-pool: ## try random steps, faults and crashes on the pool for MINUTES (30)
+	$(CARGO) run --locked --release -p blockpool --example soak -- $(or $(MINUTES),30)
+
 # Under sudo nothing is built, so that no file of root's gets among the user's: 'make build' comes first.
 .PHONY: install
 install: $(if $(SUDO_USER),,build) ## install programs, manual pages and completions below PREFIX

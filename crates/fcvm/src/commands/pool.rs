@@ -315,14 +315,27 @@ fn import_file(
         let length = (length_bytes - begin).min(COPY_BYTES as u64) as usize;
         let piece = &mut buffer[..length];
         source.read_exact_at(piece, begin)?;
-        if piece.iter().any(|byte| *byte != 0) {
-            object.write_at(piece, begin)?;
-            copied += length as u64;
-        }
+        copied += write_what_is_not_zero(object, piece, begin)?;
         task.advance(begin + length as u64 - at);
         at = begin + length as u64;
     }
     Ok(copied)
+}
+
+/// Writes the records that have anything in them; returns how many bytes.
+fn write_what_is_not_zero(object: &Object, bytes: &[u8], offset_bytes: u64) -> anyhow::Result<u64> {
+    let mut at = 0;
+    let mut written = 0;
+    while at < bytes.len() {
+        let left = blockpool::RECORD_BYTES - (offset_bytes + at as u64) % blockpool::RECORD_BYTES;
+        let end = bytes.len().min(at + left as usize);
+        if bytes[at..end].iter().any(|byte| *byte != 0) {
+            object.write_at(&bytes[at..end], offset_bytes + at as u64)?;
+            written += (end - at) as u64;
+        }
+        at = end;
+    }
+    Ok(written)
 }
 
 fn import_stream(
@@ -344,9 +357,7 @@ fn import_stream(
             return Ok(at);
         }
         object.set_size(at + filled as u64)?;
-        if buffer[..filled].iter().any(|byte| *byte != 0) {
-            object.write_at(&buffer[..filled], at)?;
-        }
+        write_what_is_not_zero(object, &buffer[..filled], at)?;
         at += filled as u64;
         task.advance(filled as u64);
     }
