@@ -248,8 +248,7 @@ mod tests {
     use super::*;
     use crate::page::RecordPointer;
 
-    #[test]
-    fn operations_survive_their_encoding_and_no_cut_is_taken_for_one() {
+    fn one_of_each() -> Vec<Operation> {
         let name = "ä name".to_owned();
         let front = RecordPointer {
             record: 77,
@@ -264,7 +263,7 @@ mod tests {
             birth: 3,
         };
         let (id, parent, unix_s) = (9, 8, -5);
-        let operations = [
+        vec![
             Operation::Create {
                 id,
                 kind: EntryKind::Object,
@@ -305,7 +304,12 @@ mod tests {
             },
             Operation::Remove { id },
             Operation::Rename { id, parent, name },
-        ];
+        ]
+    }
+
+    #[test]
+    fn operations_survive_their_encoding_and_no_cut_is_taken_for_one() {
+        let operations = one_of_each();
         let mut bytes = Vec::new();
         for operation in &operations {
             let at = bytes.len();

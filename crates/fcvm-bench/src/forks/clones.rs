@@ -171,19 +171,16 @@ fn weigh(
         &Weight::pss,
         None,
     );
-    let sum: f64 = weights.iter().map(Weight::pss).sum();
-    let count = names.len() as f64;
-    let times = format!("{} x the VM before its fork", names.len());
-    report.add(
-        Measure::new(
-            "clones",
-            "MB",
-            Samples::new(
-                format!("sum of the clones' PSS, {when}"),
-                vec![sum / MEGABYTE],
-            ),
-        )
-        .against(Samples::new(times, vec![count * alone / MEGABYTE])),
-    );
+    report.add(sum_of(&weights, alone, when));
     Ok(())
+}
+
+/// What all clones take together, beside as many VMs that share nothing.
+fn sum_of(weights: &[Weight], alone: f64, when: &str) -> Measure {
+    let sum: f64 = weights.iter().map(Weight::pss).sum();
+    let count = weights.len() as f64;
+    let name = format!("sum of the clones' PSS, {when}");
+    let times = format!("{} x the VM before its fork", weights.len());
+    Measure::new("clones", "MB", Samples::new(name, vec![sum / MEGABYTE]))
+        .against(Samples::new(times, vec![count * alone / MEGABYTE]))
 }
