@@ -3,8 +3,9 @@
 //!
 //! `bench-guest hold MIB` fills memory with noise, says `ready` and answers every line with `here`.
 //! `bench-guest clock MIB RATE` says `ready`, then writes to RATE megabytes (10^6) of pages a second in a
-//! ring of MIB, reading both clocks every millisecond; it answers every line with `gap MONOTONIC REALTIME
-//! RATE`: the largest step between two reads since the last answer, in microseconds, and the rate reached.
+//! ring of MIB, reading the monotonic clock every millisecond; it answers every line with `gap STEP RATE
+//! NOW`: the largest step between two reads since the last answer, in microseconds, the rate reached, and
+//! the realtime clock, in microseconds since 1970.
 
 #![forbid(unsafe_code)]
 
@@ -24,7 +25,6 @@ const OWED_MAX: Duration = Duration::from_millis(20);
 #[derive(Default)]
 struct Seen {
     monotonic_us: AtomicU64,
-    realtime_us: AtomicU64,
     pages: AtomicU64,
 }
 
@@ -82,36 +82,33 @@ fn answer(seen: &Seen) {
         let seconds = since.elapsed().as_secs_f64();
         since = Instant::now();
         let monotonic = seen.monotonic_us.swap(0, Ordering::Relaxed);
-        let realtime = seen.realtime_us.swap(0, Ordering::Relaxed);
         say(&format!(
-            "gap {monotonic} {realtime} {:.1}",
-            bytes as f64 / 1e6 / seconds
+            "gap {monotonic} {:.1} {}",
+            bytes as f64 / 1e6 / seconds,
+            realtime_now().as_micros()
         ));
     }
     std::process::exit(0);
 }
 
+fn realtime_now() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
 fn watch(memory: &mut [u8], rate: u64, seen: &Seen) {
     let pages_per_second = rate as f64 * 1e6 / PAGE_BYTES as f64;
-    let realtime = || {
-        SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-    };
     let pages = memory.len() / PAGE_BYTES;
-    let (mut last, mut last_realtime) = (Instant::now(), realtime());
+    let mut last = Instant::now();
     let (mut owed, mut next) = (0.0_f64, 0_usize);
     loop {
         std::thread::sleep(STEP);
-        let (now, now_realtime) = (Instant::now(), realtime());
+        let now = Instant::now();
         let step = now - last;
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         seen.monotonic_us.fetch_max(micros(step), Ordering::Relaxed);
-        seen.realtime_us.fetch_max(
-            micros(now_realtime.saturating_sub(last_realtime)),
-            Ordering::Relaxed,
-        );
-        (last, last_realtime) = (now, now_realtime);
+        last = now;
         if pages == 0 {
             continue;
         }

@@ -171,16 +171,11 @@ fn weigh(
         &Weight::pss,
         None,
     );
-    report.add(sum_of(&weights, alone, when));
-    Ok(())
-}
-
-/// What all clones take together, beside as many VMs that share nothing.
-fn sum_of(weights: &[Weight], alone: f64, when: &str) -> Measure {
-    let sum: f64 = weights.iter().map(Weight::pss).sum();
-    let count = weights.len() as f64;
+    let sum = weights.iter().map(Weight::pss).sum::<f64>() / MEGABYTE;
+    let times = format!("{} x the VM before its fork", names.len());
+    let family = names.len() as f64 * alone / MEGABYTE;
     let name = format!("sum of the clones' PSS, {when}");
-    let times = format!("{} x the VM before its fork", weights.len());
-    Measure::new("clones", "MB", Samples::new(name, vec![sum / MEGABYTE]))
-        .against(Samples::new(times, vec![count * alone / MEGABYTE]))
+    let row = Measure::new("clones", "MB", Samples::new(name, vec![sum]));
+    report.add(row.against(Samples::new(times, vec![family])));
+    Ok(())
 }

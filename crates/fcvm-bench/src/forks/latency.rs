@@ -67,7 +67,7 @@ pub(super) fn measure(
     Ok(())
 }
 
-/// One fresh source: all its forks, and before the first and after the last what they are compared with.
+/// One fresh source: all its forks, and after the first and the last what they are compared with.
 fn take(
     lab: &Lab,
     scale: Scale,
@@ -89,7 +89,7 @@ fn take(
     for index in 0..scale.forks {
         taken.forks.push(index, fork_once(lab, &vm.name)?);
         // A cold start takes seconds: it is not taken as often as a fork.
-        if index % 5 != 0 && index + 1 != scale.forks {
+        if index != 0 && index + 1 != scale.forks {
             continue;
         }
         taken.cold_ms.push(cold(lab, kind)?);

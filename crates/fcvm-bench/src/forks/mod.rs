@@ -39,7 +39,7 @@ impl Scale {
                 clones: 6,
             },
             false => Self {
-                sources: rounds.div_ceil(2),
+                sources: rounds.div_ceil(3),
                 forks: 10,
                 clones: 50,
             },

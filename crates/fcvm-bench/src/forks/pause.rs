@@ -21,6 +21,8 @@ struct Taken {
     forked: Vec<Gap>,
     /// During a command that tells of the VM and does not stop it.
     undisturbed: Vec<Gap>,
+    /// How much the guest's realtime clock lost against the host's, in milliseconds.
+    lost_ms: Vec<f64>,
 }
 
 pub(super) fn measure(
@@ -45,9 +47,12 @@ pub(super) fn measure(
             for index in 0..scale.forks {
                 guest.gap()?;
                 lab.run(&["fork", &vm.name, "--dry-run"])?;
-                taken.undisturbed.push(guest.gap()?);
+                let before = guest.gap()?;
                 taken.forks.push(index, fork_once(lab, &vm.name)?);
-                taken.forked.push(guest.gap()?);
+                let after = guest.gap()?;
+                taken.lost_ms.push(after.behind_ms - before.behind_ms);
+                taken.undisturbed.push(before);
+                taken.forked.push(after);
             }
         }
     }
@@ -76,20 +81,18 @@ fn tell(name: &str, is_busy: bool, taken: &Taken, report: &mut Report) {
     let copied = taken.forks.values(None, |fork| fork.copied_mb);
     let copied = Samples::new("  own pages copied", copied);
     report.add(Measure::new("pause", "MB", copied));
-    let clocks: [(&str, fn(&Gap) -> f64); 2] = [
-        ("monotonic", |gap| gap.monotonic_ms),
-        ("realtime", |gap| gap.realtime_ms),
-    ];
-    for (clock, value) in clocks {
-        let samples =
-            |name: String, gaps: &[Gap]| Samples::new(name, gaps.iter().map(value).collect());
-        let forked = samples(
-            format!("  largest step of the guest's {clock} clock"),
-            &taken.forked,
-        );
-        let undisturbed = samples("without a fork".to_owned(), &taken.undisturbed);
-        report.add(Measure::new("pause", "ms", forked).against(undisturbed));
-    }
+    let steps = |gaps: &[Gap]| gaps.iter().map(|gap| gap.monotonic_ms).collect();
+    let forked = Samples::new(
+        "  largest step of the guest's monotonic clock",
+        steps(&taken.forked),
+    );
+    let undisturbed = Samples::new("without a fork", steps(&taken.undisturbed));
+    report.add(Measure::new("pause", "ms", forked).against(undisturbed));
+    let lost = Samples::new(
+        "  lost by the guest's realtime clock",
+        taken.lost_ms.clone(),
+    );
+    report.add(Measure::new("pause", "ms", lost));
     if is_busy {
         let rates = |gaps: &[Gap]| gaps.iter().map(|gap| gap.rate).collect();
         let forked = Samples::new("  written while forked", rates(&taken.forked));
