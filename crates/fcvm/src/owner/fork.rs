@@ -164,7 +164,7 @@ async fn answer(asking: Handover, vm: Rc<RunningVm>) {
     let _ = asking.send(&reply, &[]);
 }
 
-async fn serve_one(asking: &Handover, vm: &RunningVm) -> anyhow::Result<ForkReply> {
+async fn serve_one(asking: &Handover, vm: &Rc<RunningVm>) -> anyhow::Result<ForkReply> {
     let Some((request, channels)) = asking.receive().await? else {
         bail!("nothing was asked for");
     };
@@ -175,7 +175,7 @@ async fn serve_one(asking: &Handover, vm: &RunningVm) -> anyhow::Result<ForkRepl
     }
 }
 
-async fn fork(channels: Vec<OwnedFd>, vm: &RunningVm) -> anyhow::Result<ForkReply> {
+async fn fork(channels: Vec<OwnedFd>, vm: &Rc<RunningVm>) -> anyhow::Result<ForkReply> {
     let _one_at_a_time = vm.freezing.lock().await;
     let channels: Vec<Handover> = channels
         .into_iter()
@@ -194,6 +194,10 @@ async fn fork(channels: Vec<OwnedFd>, vm: &RunningVm) -> anyhow::Result<ForkRepl
         return Ok(ForkReply::NoClone);
     }
     let frozen = vm.freeze(preparation).await?;
+    tokio::task::spawn_local({
+        let vm = Rc::clone(vm);
+        async move { vm.set_clock().await }
+    });
     let mark = vm.link.mark();
     for channel in &waiting {
         // A clone that has ended meanwhile says so itself.

@@ -167,6 +167,12 @@ impl RunningVm {
             bail!(self.paused());
         }
         self.update(|record| record.state = VmState::Running);
+        self.set_clock().await;
+        Ok(())
+    }
+
+    /// Sets the guest's clock, which stood still while the VM did.
+    pub(super) async fn set_clock(&self) {
         let request = Request::SetClock {
             realtime_ns: super::realtime_ns(),
         };
@@ -180,6 +186,5 @@ impl RunningVm {
             Ok(other) => tracing::debug!(target: "agent", "an unexpected answer: {other:?}"),
             Err(error) => tracing::warn!(target: "agent", "the guest's clock is late: {error:#}"),
         }
-        Ok(())
     }
 }

@@ -203,6 +203,11 @@ fn what_runs_through_the_source_survives_its_forks() {
     let sum = crate::process::must("md5sum", &[lab.file("received").to_str().unwrap()]);
     assert_eq!(sum.text().split(' ').next(), expected.split(' ').next());
     assert_eq!(session.finish().code, 7);
+    // Ten pauses did not make its clock late.
+    let seconds = |text: String| text.trim().parse::<i64>().unwrap();
+    let host = seconds(crate::process::must("date", &["+%s"]).text());
+    let guest = seconds(lab.sh("source", "date +%s"));
+    assert!((0..=2).contains(&(guest - host)), "{guest} {host}");
     // No line of the container's output is missing, doubled or torn.
     let log = lab.ok(&["logs", "source"]);
     assert!(log.lines().all(|line| line == "tick"), "{log}");

@@ -402,6 +402,7 @@ impl Lab {
             "images",
             "disks",
             "snapshots",
+            "snapshots/.lock",
             HOST_PROBE,
         ]
         .map(|name| self.data.join(name));

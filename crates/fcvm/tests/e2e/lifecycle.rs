@@ -68,6 +68,7 @@ fn a_detached_vm_is_listed_inspected_stopped_and_removed() {
         "image",
         "image_digest",
         "labels",
+        "lineage",
         "memory_bytes",
         "name",
         "network",
