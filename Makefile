@@ -79,7 +79,13 @@ fuzz: ## build the fuzz targets and let each search for FUZZ_SECONDS (30)
 
 .PHONY: soak-pool
 soak-pool: ## try random steps, faults and crashes on the pool for MINUTES (30)
-	$(CARGO) run --locked --release -p blockpool --example soak -- $(or $(MINUTES),30)
+	$(CARGO) run --locked -p blockpool --example soak -- $(or $(MINUTES),30)
+
+.PHONY: bench-pool
+bench-pool: ## measure the pool beside a plain file, in memory and in the target directory
+	$(CARGO) build --locked --release -p blockpool --example bench
+	$(TARGET_DIR)/release/examples/bench /dev/shm
+	$(TARGET_DIR)/release/examples/bench $(TARGET_DIR)
 
 # Under sudo nothing is built, so that no file of root's gets among the user's: 'make build' comes first.
 .PHONY: install

@@ -1,6 +1,6 @@
 //! Tries random steps, faults and crashes for a while: `make soak-pool MINUTES=30`.
 //!
-//!     cargo run --release -p blockpool --example soak -- MINUTES [SEED]
+//!     cargo run -p blockpool --example soak -- MINUTES [SEED]
 //!
 //! With a seed, only that round is done: it is what a failure prints.
 
@@ -8,9 +8,13 @@
 mod support;
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use support::rounds::{Tried, round};
+
+/// Of the round that is being done.
+static SEED: AtomicU64 = AtomicU64::new(0);
 
 fn main() -> ExitCode {
     let arguments: Vec<u64> = std::env::args()
@@ -25,6 +29,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // Told by the hook, as a build may abort where another one unwinds.
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        told(panic);
+        let seed = SEED.load(Ordering::SeqCst);
+        eprintln!("soak: failed with seed {seed}; again: soak 0 {seed}");
+    }));
     let end = Instant::now() + Duration::from_secs(60 * minutes);
     let mut tried = Tried::default();
     let clock = SystemTime::now()
@@ -34,17 +45,9 @@ fn main() -> ExitCode {
     let mut next_line = Instant::now() + Duration::from_secs(60);
     loop {
         let mut now = tried;
-        // The panic has told what is wrong already.
-        if std::panic::catch_unwind(move || {
-            round(seed, &mut now);
-            now
-        })
-        .map(|now| tried = now)
-        .is_err()
-        {
-            eprintln!("soak: failed with seed {seed} after {tried:?}; again: soak 0 {seed}");
-            return ExitCode::FAILURE;
-        }
+        SEED.store(seed, Ordering::SeqCst);
+        round(seed, &mut now);
+        tried = now;
         if only.is_some() || Instant::now() >= end {
             break;
         }

@@ -139,6 +139,32 @@ impl Metadata {
     }
 }
 
+impl State {
+    /// Makes a snapshot of each object, or of none.
+    fn snapshot_all(&mut self, objects: &[u64], name: &str) -> Result<()> {
+        let mut made = Vec::new();
+        for object in objects {
+            let id = self.metadata.next_id;
+            let result = self.commit(&Operation::Clone {
+                source: *object,
+                id,
+                kind: EntryKind::Snapshot,
+                parent: *object,
+                unix_s: now_unix_s(),
+                name: name.to_owned(),
+            });
+            if let Err(error) = result {
+                for id in made {
+                    self.commit(&Operation::Remove { id })?;
+                }
+                return Err(error);
+            }
+            made.push(id);
+        }
+        Ok(())
+    }
+}
+
 impl Pool {
     /// Makes a dataset.
     ///
@@ -335,17 +361,7 @@ impl Pool {
                         });
                     }
                 }
-                for object in &objects {
-                    let id = state.metadata.next_id;
-                    state.commit(&Operation::Clone {
-                        source: *object,
-                        id,
-                        kind: EntryKind::Snapshot,
-                        parent: *object,
-                        unix_s: now_unix_s(),
-                        name: snapshot.to_owned(),
-                    })?;
-                }
+                state.snapshot_all(&objects, snapshot)?;
                 Ok(objects.len())
             })
         })
@@ -364,6 +380,8 @@ impl Pool {
                 if state.metadata.snapshots(name)? != pairs {
                     return Err(not_found(name));
                 }
+                // All of them or none: what one of them may need is there for each.
+                state.metadata.need_pages(32 * pairs.len() as u64)?;
                 for (object, snapshot) in &pairs {
                     let (object, snapshot) = (*object, *snapshot);
                     state.commit(&Operation::Rollback { object, snapshot })?;

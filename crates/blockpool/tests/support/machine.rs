@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use blockpool::{Fault, Name, Pool, PoolError, RECORD_BYTES, SimulatedDisk};
 
-use super::model::{BLOCK, Model, Thing, find_wrong_sector};
+use super::model::{BLOCK, Model, SECTOR, Thing, find_wrong};
 
 /// One step, whatever the numbers mean in the state in which it is done.
 #[derive(Debug, Clone, Copy)]
@@ -304,7 +304,7 @@ impl Machine {
         let mut bytes = vec![0; self.model.objects[object].size_bytes as usize];
         opened.read_at(&mut bytes, 0).expect("its own range");
         let id = self.model.objects[object].id;
-        let wrong = find_wrong_sector(&bytes, id, std::slice::from_ref(&self.model));
+        let wrong = find_wrong(&bytes, id, std::slice::from_ref(&self.model), 1);
         assert_eq!(wrong, None, "'{full}' holds neither old nor new bytes");
         let thing = Arc::make_mut(self.model.objects.get_mut(object).expect("it was found"));
         for (index, block) in bytes.chunks(BLOCK).enumerate() {
@@ -670,7 +670,7 @@ impl Machine {
                     .things()
                     .find(|(name, _)| name == full)
                     .expect("the lists are equal");
-                find_wrong_sector(&bytes, thing.id, &allowed).is_none()
+                find_wrong(&bytes, thing.id, &allowed, SECTOR).is_none()
             });
             assert!(
                 is_right,

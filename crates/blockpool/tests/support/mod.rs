@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each proof uses a part")]
 
+pub(crate) mod hostile;
 pub(crate) mod machine;
 pub(crate) mod model;
 pub(crate) mod rounds;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub(crate) const BLOCK: usize = 4096;
-const SECTOR: usize = 512;
+/// What a crash leaves whole.
+pub(crate) const SECTOR: usize = 512;
 
 pub(crate) type Content = Arc<[u8]>;
 
@@ -135,8 +136,9 @@ impl Model {
     }
 }
 
-/// Whether `bytes` are what a crash may leave of a thing: each sector what it was in one of the models.
-pub(crate) fn find_wrong_sector(bytes: &[u8], id: u64, models: &[Model]) -> Option<u64> {
+/// Where `bytes` are not what may be left of a thing: each unit (a sector after a crash, a byte after a write that was cut short) what it
+/// was in one of the models.
+pub(crate) fn find_wrong(bytes: &[u8], id: u64, models: &[Model], unit: usize) -> Option<u64> {
     let versions: Vec<&Arc<Thing>> = models
         .iter()
         .flat_map(|model| model.objects.values().chain(model.snapshots.values()))
@@ -150,8 +152,8 @@ pub(crate) fn find_wrong_sector(bytes: &[u8], id: u64, models: &[Model]) -> Opti
                 None => vec![zeros()],
             })
             .collect();
-        for (number, sector) in block.chunks(SECTOR).enumerate() {
-            let at = number * SECTOR;
+        for (number, sector) in block.chunks(unit).enumerate() {
+            let at = number * unit;
             if !known
                 .iter()
                 .any(|content| content[at..at + sector.len()] == *sector)

@@ -1,0 +1,44 @@
+//! Pools that somebody made on purpose: wrong values in superblocks, pages and log under right checksums.
+
+#![no_main]
+
+#[path = "../../crates/blockpool/tests/support/hostile.rs"]
+mod hostile;
+
+use std::sync::{Arc, LazyLock};
+
+use blockpool::{Pool, SimulatedDisk};
+use libfuzzer_sys::fuzz_target;
+
+/// A pool with objects, a snapshot, a clone and a log.
+static POOL: LazyLock<(SimulatedDisk, Vec<u64>)> = LazyLock::new(|| {
+    let disk = SimulatedDisk::new(4 << 20);
+    let pool = Pool::create(Arc::new(disk.clone()), 4 << 20, [1; 16]).expect("an empty pool");
+    let name = |text: &str| text.parse().expect("a good name");
+    pool.create_dataset(&name("d")).expect("a dataset");
+    let object = pool.create_object(&name("d/a"), 9 << 20).expect("an object");
+    for offset in [0, 70_000, 200_000, 8_400_000] {
+        object.write_at(&[5; 9000], offset).expect("a write");
+    }
+    pool.snapshot(&name("d/a@s")).expect("a snapshot");
+    object.write_at(&[6; 5000], 1000).expect("a write");
+    pool.clone_range(&object, 0, &object, 4 << 20, 1 << 18).expect("a cloned range");
+    pool.checkpoint().expect("a checkpoint");
+    pool.clone_object(&name("d/a"), &name("d/b")).expect("a clone");
+    object.write_at(&[7; 5000], 300_000).expect("a write");
+    object.punch_hole(0, 4096).expect("a hole");
+    pool.flush().expect("a flush");
+    let targets = hostile::targets(&disk);
+    (disk, targets)
+});
+
+fuzz_target!(|input: &[u8]| {
+    let (disk, targets) = &*POOL;
+    let disk = disk.copy();
+    for change in input.chunks_exact(12).take(16) {
+        let number = |at: usize| usize::from(u16::from_le_bytes([change[at], change[at + 1]]));
+        let length = 1 + usize::from(change[4] % 7);
+        hostile::patch(&disk, targets[number(0) % targets.len()], 8 + number(2), &change[5..5 + length]);
+    }
+    hostile::use_pool(&disk);
+});
