@@ -1,7 +1,7 @@
 //! Bytes that no host sends, and containers that mean ill: the agent ends in good order or goes on.
 
 use fcvm_types::guest::ExitStatus;
-use fcvm_wire::{Channel, Frame, FrameKind, Outcome, Request};
+use fcvm_wire::{Channel, Frame, FrameKind, Outcome, PROTOCOL_VERSION, Request};
 
 use crate::client::{Vm, process, shell};
 use crate::{lab, sleeping};
@@ -32,7 +32,8 @@ fn another_protocol_version_is_told_on_the_console() {
     let vm = Vm::boot(tools);
     let hello = br#"{"protocol":999,"role":"owner","program":"later","session":1}"#;
     vm.send(&Frame::new(FrameKind::Hello, 0, hello.to_vec()));
-    ended_in_order(vm, "the host speaks protocol 999 and this agent 1");
+    let reason = format!("the host speaks protocol 999 and this agent {PROTOCOL_VERSION}");
+    ended_in_order(vm, &reason);
 }
 
 #[test]

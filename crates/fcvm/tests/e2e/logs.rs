@@ -79,13 +79,22 @@ fn logs_are_followed_to_the_end() {
     let whole = lab.start(&["logs", "-f", "said"]);
     let tail = lab.start(&["logs", "-f", "--tail", "0", "said"]);
     whole.stdout.wait_for("first\n");
-    running.write(b"between\n");
-    whole.stdout.wait_for("between\n");
+    // Line by line, until the one that passes over the beginning follows too.
+    let mut lines = 0;
+    while !tail.stdout.has_begun() {
+        lines += 1;
+        running.write(format!("between {lines}\n").as_bytes());
+        whole.stdout.wait_for(&format!("between {lines}\n"));
+    }
     assert_eq!(running.finish().code, 0);
-    assert_eq!(whole.wait().text(), "first\nbetween\nlast\n");
+    let between: String = (1..=lines)
+        .map(|line| format!("between {line}\n"))
+        .collect();
+    let all = format!("first\n{between}last\n");
+    assert_eq!(whole.wait().text(), all);
     let tail = tail.wait().text();
     assert!(
-        tail.ends_with("last\n") && !tail.contains("first"),
+        all.ends_with(&tail) && tail.starts_with("between"),
         "{tail}"
     );
     lab.ok(&["rm", "said"]);

@@ -99,6 +99,11 @@ impl Collected {
         self.wait("the end of the output", |state| state.ended)
     }
 
+    /// Something has come.
+    pub(crate) fn has_begun(&self) -> bool {
+        !self.0.0.lock().unwrap().bytes.is_empty()
+    }
+
     /// Forgets what came so far.
     pub(crate) fn clear(&self) {
         self.0.0.lock().unwrap().bytes.clear();
