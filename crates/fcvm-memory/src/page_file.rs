@@ -648,6 +648,21 @@ pub fn anonymous_file(name: &str, size: u64) -> Result<File, MemoryError> {
     })
 }
 
+/// Lets nobody map an anonymous file for writing or write to it from now on; mappings that are there
+/// can still be written to.
+///
+/// # Errors
+///
+/// The file was not made by [`anonymous_file`], or the kernel is older than 5.1.
+pub fn seal_ahead(file: impl AsFd) -> Result<(), MemoryError> {
+    use rustix::fs::SealFlags;
+    let seals = SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW;
+    rustix::fs::fcntl_add_seals(file, seals).map_err(|errno| MemoryError::File {
+        action: "seal",
+        source: errno.into(),
+    })
+}
+
 /// Makes an anonymous file one that nobody can change any more. No process may have it mapped for
 /// writing.
 ///

@@ -19,6 +19,14 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// Parts into which the kernel may have divided the mapping, more than any hypervisor causes.
 const PARTS_MAX: usize = 4096;
 
+/// Threads that read at once while a guest stands still.
+const CAPTURE_THREADS_MAX: usize = 4;
+/// Less than this is read faster than a thread starts.
+const CAPTURE_SHARE_BYTES_MIN: usize = 2 << 20;
+
+/// A part of the guest's memory to be read: its offset, and where its bytes go.
+type Piece<'a> = (u64, &'a mut [u8]);
+
 /// Where a process has a file mapped.
 #[derive(Debug)]
 pub struct GuestMapping {
@@ -130,11 +138,28 @@ impl GuestMapping {
             pages.bytes.resize(total, 0);
         }
         pages.bytes.truncate(total);
-        let mut rest = pages.bytes.as_mut_slice();
-        for run in &pages.runs {
-            let (bytes, later) = rest.split_at_mut(usize::try_from(run.bytes()).unwrap_or(0));
-            self.read(run.offset(), bytes)?;
-            rest = later;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = total
+            .div_ceil(threads.min(CAPTURE_THREADS_MAX))
+            .max(CAPTURE_SHARE_BYTES_MIN);
+        let mut shares = divided(&pages.runs, &mut pages.bytes, share).into_iter();
+        let own = shares.next().unwrap_or_default();
+        std::thread::scope(|scope| {
+            let others: Vec<_> = shares
+                .map(|share| scope.spawn(move || self.read_all(share)))
+                .collect();
+            let mut read = self.read_all(own);
+            for other in others {
+                let ended = other.join();
+                read = read.and(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            read
+        })
+    }
+
+    fn read_all(&self, pieces: Vec<Piece<'_>>) -> Result<(), MemoryError> {
+        for (offset, bytes) in pieces {
+            self.read(offset, bytes)?;
         }
         Ok(())
     }
@@ -206,6 +231,33 @@ impl GuestMapping {
     }
 }
 
+/// Divides runs, whose bytes follow each other in `bytes`, into shares of so many bytes; the last has
+/// what is left.
+fn divided<'a>(runs: &[PageRun], bytes: &'a mut [u8], share: usize) -> Vec<Vec<Piece<'a>>> {
+    let mut shares = vec![Vec::new()];
+    let (mut rest, mut room) = (bytes, share);
+    for run in runs {
+        let mut offset = run.offset();
+        let mut left = usize::try_from(run.bytes()).unwrap_or(0);
+        while left > 0 {
+            if room == 0 {
+                shares.push(Vec::new());
+                room = share;
+            }
+            let (piece, later) = rest.split_at_mut(left.min(room));
+            rest = later;
+            room -= piece.len();
+            left -= piece.len();
+            let start = offset;
+            offset += piece.len() as u64;
+            if let Some(last) = shares.last_mut() {
+                last.push((start, piece));
+            }
+        }
+    }
+    shares
+}
+
 /// A line of /proc/PID/maps, where it is about this file.
 fn parse(line: &str, device: &str, inode: &str) -> Option<Part> {
     let mut fields = line.split_ascii_whitespace();
@@ -227,6 +279,27 @@ fn parse(line: &str, device: &str, inode: &str) -> Option<Part> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_are_divided_into_equal_shares() {
+        let page = usize::try_from(PAGE_BYTES).unwrap();
+        let runs = [(3, 1), (10, 5), (20, 2)].map(|(first, count)| PageRun { first, count });
+        let mut bytes = vec![0; 8 * page];
+        let shares: Vec<Vec<(u64, usize)>> = divided(&runs, &mut bytes, 3 * page)
+            .into_iter()
+            .map(|share| {
+                let pages = share.into_iter();
+                pages
+                    .map(|(offset, bytes)| (offset / PAGE_BYTES, bytes.len() / page))
+                    .collect()
+            })
+            .collect();
+        assert_eq!(
+            shares,
+            [vec![(3, 1), (10, 2)], vec![(12, 3)], vec![(20, 2)]]
+        );
+        assert!(divided(&[], &mut [], page)[0].is_empty());
+    }
 
     #[test]
     fn lines_about_the_file_are_understood() {

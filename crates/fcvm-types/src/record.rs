@@ -27,6 +27,8 @@ pub struct ProcessIdentity {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VmState {
+    /// A clone that was made ready ahead; nobody has asked for it yet.
+    Standby,
     /// The owner is acquiring what the VM needs.
     Created,
     /// The hypervisor runs and the container has not started yet.

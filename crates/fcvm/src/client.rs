@@ -31,6 +31,10 @@ impl Client {
     pub(crate) async fn connect(store: &StateStore, record: &VmRecord) -> anyhow::Result<Self> {
         match record.state {
             VmState::Exited => bail!("VM '{}' is not running", record.name),
+            VmState::Standby => bail!(
+                "VM '{}' is not wanted by anybody yet: it waits to become a clone",
+                record.name
+            ),
             VmState::Created | VmState::Booting => bail!(
                 "VM '{}' is still starting: try again when 'fcvm ls' shows it as up",
                 record.name

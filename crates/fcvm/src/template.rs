@@ -14,6 +14,7 @@ use fcvm_hypervisor::Accelerator;
 use fcvm_hypervisor::qemu::{DEVICE_STATE_BYTES_MAX, DeviceLine, DeviceState};
 use fcvm_memory::page_file::anonymous_file;
 use fcvm_storage::{FrozenDisk, LayerFormat};
+use fcvm_types::VmName;
 use fcvm_types::record::Lineage;
 use fcvm_wire::Mark;
 use serde::{Deserialize, Serialize};
@@ -38,11 +39,19 @@ pub(crate) struct StateOfVm {
     pub(crate) difference: Option<File>,
 }
 
-/// First message to a clone's owner: what it is to run.
+/// First message to a clone's owner: what it is to run. Descriptors: for one that is made ready ahead,
+/// the channel on which it is asked for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Assignment {
     pub(crate) spec: VmSpec,
     pub(crate) lineage: Lineage,
+}
+
+/// What a clone that was made ready ahead is asked for with. Descriptor: where its owner reports.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Wish {
+    pub(crate) name: VmName,
+    pub(crate) remove_on_exit: bool,
 }
 
 /// Second message: what the clone is made on. Descriptors: the memory, then the files of the disk.

@@ -104,6 +104,9 @@ pub(crate) struct RunArguments {
     /// $FCVM_PARENT who it is, it drops what must not be shared
     #[arg(long, value_name = "CMD", help_heading = "Container")]
     pub(crate) on_fork: Option<String>,
+    /// Keep so many clones ready for 'fcvm fork': their processes wait, about 80 MB each
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Container", value_parser = clap::value_parser!(u16).range(..=32))]
+    pub(crate) standby: u16,
     /// Publish a port of the guest
     #[arg(
         short,

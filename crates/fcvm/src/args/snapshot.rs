@@ -122,6 +122,9 @@ pub(crate) struct RunArguments {
 /// `fcvm snapshot serve`.
 #[derive(Debug, Args)]
 pub(crate) struct ServeArguments {
+    /// Keep so many clones loaded and paused, about 80 MB each
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(..=32))]
+    pub(crate) standby: u16,
     /// The snapshot
     pub(crate) tag: SnapshotTag,
 }

@@ -16,10 +16,11 @@ use crate::context::Context;
 use crate::errors::ExitError;
 use crate::handover::Handover;
 use crate::owner::clone::Source;
+use crate::owner::fork::{ForkReply, ForkRequest};
 use crate::owner::spec::{Readiness, VmSpec};
-use crate::owner::{self, Front, Origin};
+use crate::owner::{self, Front, Origin, standby};
 use crate::state::{StateStore, random};
-use crate::template::Assignment;
+use crate::template::{Assignment, Wish};
 
 /// Most that is kept of what a command says in a clone.
 const SAID_BYTES_MAX: usize = 1 << 20;
@@ -43,6 +44,7 @@ impl Family<'_> {
         spec.name = name;
         spec.ports = self.ports.to_vec();
         spec.remove_on_exit |= self.remove_on_exit;
+        spec.standby = 0;
         spec.timings_us = Vec::new();
         Ok(Assignment {
             spec,
@@ -53,9 +55,10 @@ impl Family<'_> {
 
 /// An owner that is starting.
 pub(crate) struct Starting {
-    pub(crate) id: VmId,
-    pub(crate) name: VmName,
-    process: Child,
+    id: VmId,
+    name: VmName,
+    /// Where it is a child of this process.
+    process: Option<Child>,
     report: BufReader<pipe::Receiver>,
 }
 
@@ -75,11 +78,19 @@ impl Starting {
             }
             .into()),
             Err(_) => {
-                let status = self.process.wait().context("cannot wait for the owner")?;
-                bail!(
-                    "the owner of clone '{}' ended before it had started ({status})",
+                let ended = format!(
+                    "the owner of clone '{}' ended before it had started",
                     self.name
-                )
+                );
+                match self.process {
+                    Some(mut process) => {
+                        bail!(
+                            "{ended} ({})",
+                            process.wait().context("cannot wait for the owner")?
+                        )
+                    }
+                    None => bail!(ended),
+                }
             }
         }
     }
@@ -112,30 +123,122 @@ pub(crate) fn start(
     let assignment = family.assignment(name)?;
     let (channel, owners_end) = Handover::pair()?;
     channel.send(&assignment, &[])?;
+    let mut process = spawn_owner(context, owners_end, Stdio::piped())?;
+    let stdout = process.stdout.take().context("the owner has no output")?;
+    let starting = Starting {
+        id: assignment.spec.id,
+        name: assignment.spec.name,
+        process: Some(process),
+        report: report_from(OwnedFd::from(stdout))?,
+    };
+    Ok((starting, channel.into_fd()))
+}
+
+fn spawn_owner(context: &Context, channel: OwnedFd, report: Stdio) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut process = std::process::Command::new(program)
+    std::process::Command::new(program)
         .arg("--data-dir")
         .arg(&context.data_dir)
         .arg("--runtime-dir")
         .arg(&context.runtime_dir)
         .args(["owner", "--clone"])
-        .stdin(Stdio::from(owners_end))
-        .stdout(Stdio::piped())
+        .stdin(Stdio::from(channel))
+        .stdout(report)
         .stderr(Stdio::null())
         .current_dir("/")
         .spawn()
-        .context("cannot start the owner process")?;
-    let stdout = process.stdout.take().context("the owner has no output")?;
-    let stdout = OwnedFd::from(stdout);
-    rustix::io::ioctl_fionbio(&stdout, true)?;
-    let report = pipe::Receiver::from_owned_fd(stdout).context("cannot read the owner's report")?;
-    let starting = Starting {
-        id: assignment.spec.id,
-        name: assignment.spec.name,
-        process,
-        report: BufReader::new(report),
-    };
-    Ok((starting, channel.into_fd()))
+        .context("cannot start the owner process")
+}
+
+fn report_from(pipe: OwnedFd) -> anyhow::Result<BufReader<pipe::Receiver>> {
+    rustix::io::ioctl_fionbio(&pipe, true)?;
+    let report = pipe::Receiver::from_owned_fd(pipe).context("cannot read the owner's report")?;
+    Ok(BufReader::new(report))
+}
+
+/// A clone that is made ready before anybody wants it, as the process sees it that has the state.
+pub(crate) struct Spare {
+    pub(crate) id: VmId,
+    /// Where it gets the state.
+    pub(crate) channel: Handover,
+    /// Where it is asked for. Closed, it ends the clone.
+    pub(crate) wishes: OwnedFd,
+}
+
+impl Spare {
+    /// Starts its owner, which goes as far as it can.
+    pub(crate) fn start(context: &Context, family: &Family<'_>) -> anyhow::Result<Self> {
+        let mut assignment = family.assignment("standby".parse()?)?;
+        let id = assignment.spec.id.clone();
+        assignment.spec.name = format!("standby-{}", id.short()).parse()?;
+        // Whatever way it ends before it is wanted, nothing of it stays.
+        assignment.spec.remove_on_exit = true;
+        let (wishes, owners_end) = Handover::pair()?;
+        let (channel, owners_channel) = Handover::pair()?;
+        channel.send(&assignment, &[owners_end.as_fd()])?;
+        drop(owners_end);
+        let mut process = spawn_owner(context, owners_channel, Stdio::null())?;
+        let identity = fcvm_process::process_identity(i32::try_from(process.id())?);
+        tokio::task::spawn_local(async move {
+            if let Ok(identity) = identity {
+                let _ = fcvm_process::wait_gone(identity).await;
+                let _ = process.try_wait();
+            }
+        });
+        Ok(Self {
+            id,
+            channel,
+            wishes: wishes.into_fd(),
+        })
+    }
+}
+
+/// A clone that is ready to be asked for.
+pub(crate) struct ReadyClone {
+    id: VmId,
+    wishes: Handover,
+}
+
+impl ReadyClone {
+    /// Asks for it; gives nothing where it has ended meanwhile.
+    fn ask(self, family: &Family<'_>, name: &VmName) -> anyhow::Result<Option<Starting>> {
+        let (report, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .context("cannot make a pipe")?;
+        let wish = Wish {
+            name: name.clone(),
+            remove_on_exit: family.source.remove_on_exit | family.remove_on_exit,
+        };
+        if let Err(error) = self.wishes.send(&wish, &[theirs.as_fd()]) {
+            tracing::debug!("a clone that was ready has ended: {error:#}");
+            return Ok(None);
+        }
+        Ok(Some(Starting {
+            id: self.id,
+            name: name.clone(),
+            process: None,
+            report: report_from(report)?,
+        }))
+    }
+}
+
+/// Asks a process that has the state for clones that are ready.
+pub(crate) async fn ask_for_ready(
+    asking: &Handover,
+    count: usize,
+) -> anyhow::Result<Vec<ReadyClone>> {
+    asking.send(&ForkRequest::Take { count }, &[])?;
+    match asking.receive::<ForkReply>().await? {
+        Some((ForkReply::Ready { ids }, channels)) => ids
+            .into_iter()
+            .zip(channels)
+            .map(|(id, wishes)| {
+                let wishes = Handover::from_fd(wishes)?;
+                Ok(ReadyClone { id, wishes })
+            })
+            .collect(),
+        Some((ForkReply::Failed { message }, _)) => bail!("{message}"),
+        _ => bail!("the source is ending"),
+    }
 }
 
 /// What a command said in a clone.
@@ -191,15 +294,24 @@ pub(crate) async fn execute(
     }
 }
 
-/// Starts the owners of clones with these names.
+/// Starts clones with these names, out of those that are ready and new ones; gives the channels of the
+/// new ones.
 pub(crate) fn start_all(
     context: &Context,
     family: &Family<'_>,
     names: Vec<VmName>,
+    ready: Vec<ReadyClone>,
 ) -> anyhow::Result<(Vec<Starting>, Vec<OwnedFd>)> {
     let mut starting = Vec::new();
     let mut channels = Vec::new();
+    let mut ready = ready.into_iter();
     for name in names {
+        if let Some(clone) = ready.next()
+            && let Some(asked) = clone.ask(family, &name)?
+        {
+            starting.push(asked);
+            continue;
+        }
         let (owner, channel) = start(context, family, name)?;
         starting.push(owner);
         channels.push(channel);
@@ -213,13 +325,16 @@ pub(crate) async fn owner(context: &Context) -> anyhow::Result<u8> {
     let own_use = "this command is for fcvm's own use";
     let channel = Handover::from_fd(channel).context(own_use)?;
     let report = super::run::leave_command()?;
-    let Some((assignment, _)) = channel.receive::<Assignment>().await.context(own_use)? else {
-        bail!(own_use);
-    };
+    let received = channel.receive::<Assignment>().await.context(own_use)?;
+    let (assignment, mut wishes) = received.context(own_use)?;
     let source = Source {
         channel,
         lineage: assignment.lineage,
     };
+    if let Some(wishes) = wishes.pop() {
+        let wishes = Handover::from_fd(wishes)?;
+        return standby::run(context, assignment.spec, source, &wishes).await;
+    }
     let front = Front::Detached { report };
     owner::run(context, assignment.spec, Origin::Clone(source), front).await
 }

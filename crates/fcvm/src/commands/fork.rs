@@ -50,7 +50,12 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
         ports: &arguments.publish,
         remove_on_exit: arguments.rm,
     };
-    let (starting, channels) = clones::start_all(context, &family, names)?;
+    // A port is given to the network when that starts, so those that are ready have none.
+    let ready = match arguments.publish.is_empty() {
+        true => clones::ask_for_ready(&asking, names.len()).await?,
+        false => Vec::new(),
+    };
+    let (starting, channels) = clones::start_all(context, &family, names, ready)?;
     let descriptors: Vec<BorrowedFd<'_>> = channels.iter().map(AsFd::as_fd).collect();
     asking.send(&ForkRequest::Fork, &descriptors)?;
     // An owner whose source gives up has to see its channel end.
@@ -249,6 +254,7 @@ pub(crate) fn check_state(record: &VmRecord) -> anyhow::Result<()> {
         VmState::Paused => {
             bail!("VM '{name}' is paused: 'fcvm unpause {name}' lets it go on, then fork it")
         }
+        VmState::Standby => bail!("VM '{name}' waits to become a clone: fork its parent"),
         VmState::Created | VmState::Booting => {
             bail!("VM '{name}' is still starting: try again when 'fcvm ls' shows it as up")
         }

@@ -46,7 +46,7 @@ pub(crate) fn store(context: &Context) -> anyhow::Result<ImageStore> {
 /// Tells whether a VM or a snapshot uses the image with this manifest. As in Podman, a VM that has ended
 /// does too.
 pub(crate) fn in_use(context: &Context) -> anyhow::Result<impl Fn(&Digest) -> bool> {
-    let records = context.state()?.list()?;
+    let records = context.state()?.all()?;
     let snapshots = context.snapshots().list()?;
     let of_snapshots = snapshots
         .into_iter()

@@ -18,13 +18,13 @@ pub(crate) async fn run(context: &Context, arguments: &LsArguments) -> anyhow::R
         .map(|text| Filter::parse(text))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let store = context.state()?;
-    let mut records = store.list()?;
+    let mut records = store.all()?;
     let wants_ended = arguments.all
         || filters
             .iter()
             .any(|filter| matches!(filter, Filter::Status(_)));
     records.retain(|record| {
-        (wants_ended || record.state != VmState::Exited)
+        (wants_ended || !matches!(record.state, VmState::Exited | VmState::Standby))
             && arguments
                 .pid
                 .is_none_or(|pid| record.owner.pid == pid && record.state != VmState::Exited)
@@ -151,6 +151,7 @@ pub(crate) fn status(record: &VmRecord) -> String {
         None => "",
     };
     match record.state {
+        VmState::Standby => "Standby".to_owned(),
         VmState::Created => "Created".to_owned(),
         VmState::Booting => "Booting".to_owned(),
         VmState::Running => since("Up") + health,

@@ -1,6 +1,8 @@
 //! From the state of another VM to a running container: the clone's side of a fork.
 //!
-//! Everything that takes time and does not need the source's state is done before it is asked for.
+//! Everything that takes time and does not need the source's state is done before it is asked for:
+//! [`prepare`], [`Waiting::load`] and [`Loaded::awake`] follow each other. A clone that is made ready
+//! ahead (`standby.rs`) stops between two of them until somebody wants it.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -8,12 +10,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::Pause;
-use fcvm_hypervisor::qemu::{QemuStandby, QemuVm};
+use fcvm_hypervisor::qemu::QemuVm;
 use fcvm_memory::{GuestMapping, PageFile};
 use fcvm_storage::FrozenDisk;
 use fcvm_types::guest::{ClonePlan, ExitStatus};
 use fcvm_types::record::{Lineage, VmState};
-use fcvm_wire::{Outcome, Request};
+use fcvm_wire::{Mark, Outcome, Request};
+use tokio::net::UnixStream;
 
 use super::link::{AgentLink, AgentStream};
 use super::machine::{self, Foundation, Prepared};
@@ -23,7 +26,7 @@ use super::{Built, Entry, Sockets, Stopwatch, boot};
 use crate::client::finished;
 use crate::context::Context;
 use crate::handover::Handover;
-use crate::template::{self, StateOfVm, Waiting};
+use crate::template::{self, StateOfVm};
 
 /// Random bytes that a clone gets.
 const ENTROPY_BYTES: usize = 64;
@@ -37,6 +40,31 @@ pub(crate) struct Source {
     pub(crate) lineage: Lineage,
 }
 
+/// What every clone has from its preparation on.
+struct Common {
+    channel: Handover,
+    lineage: Lineage,
+    sockets: Sockets,
+    foundation: Foundation,
+    network: fcvm_network::Attachment,
+    console: tokio::task::JoinHandle<()>,
+}
+
+/// A clone whose process waits for the state.
+pub(super) struct Waiting {
+    common: Common,
+    standby: fcvm_hypervisor::qemu::QemuStandby,
+    disk: Option<FrozenDisk>,
+}
+
+/// A clone that has the state and stands still.
+pub(super) struct Loaded {
+    common: Common,
+    machine: QemuVm,
+    agent: UnixStream,
+    mark: Mark,
+}
+
 /// Makes a clone and takes its container over.
 pub(super) async fn build(
     context: &Context,
@@ -45,10 +73,26 @@ pub(super) async fn build(
     entry: &mut Entry,
     watch: &mut Stopwatch,
 ) -> anyhow::Result<Built> {
+    let waiting = prepare(context, spec, source, entry, watch).await?;
+    entry.update(|record| record.state = VmState::Booting)?;
+    let loaded = waiting.load(watch).await?;
+    let built = loaded.awake(spec, entry, watch).await?;
+    run_hook(&built, spec, entry, watch).await?;
+    Ok(built)
+}
+
+/// Acquires what a clone is made of, and tells the source that it waits.
+pub(super) async fn prepare(
+    context: &Context,
+    spec: &VmSpec,
+    source: Source,
+    entry: &mut Entry,
+    watch: &mut Stopwatch,
+) -> anyhow::Result<Waiting> {
     let Source { channel, lineage } = source;
     let sockets = Sockets::bind(entry)?;
     let (offer, template) = template::take_offer(&channel).await?;
-    let expected = template.disk.clone();
+    let disk = template.disk.clone();
     let accelerator = offer.accelerator;
     let prepared =
         machine::prepare_clone(context, spec, accelerator, template, entry, watch).await?;
@@ -63,85 +107,146 @@ pub(super) async fn build(
     }
     network.ready().await?;
     watch.lap("network ready");
-    entry.update(|record| record.state = VmState::Booting)?;
-    channel.send(&Waiting, &[])?;
-    let arrived = template::take_state(&channel).await?;
-    watch.lap("state");
-    let pid = standby.vm().identity().pid;
-    fill(&foundation, expected.as_ref(), &arrived, pid)?;
-    watch.lap("memory and disk");
-    let plan = ClonePlan {
-        identity: spec.identity(network.guest.clone()),
-        realtime_ns: super::realtime_ns(),
-        entropy: entropy()?,
-    };
-    let console_log = entry.paths.console_log();
-    let (machine, link, stream) = wake(spec, standby, &arrived, plan, &console_log, watch).await?;
-    watch.lap("agent");
-    if let Some(command) = &spec.on_fork {
-        run_hook(&link, spec, &lineage, command).await?;
-        watch.lap("on-fork");
-    }
-    Ok(Built {
-        machine,
-        foundation,
-        network,
-        link,
-        stream,
-        sockets,
-        console,
-        serving: lineage.serve.is_some().then_some(channel),
+    channel.send(&template::Waiting, &[])?;
+    Ok(Waiting {
+        common: Common {
+            channel,
+            lineage,
+            sockets,
+            foundation,
+            network,
+            console,
+        },
+        standby,
+        disk,
     })
 }
 
-/// Lets the clone go on, and waits until its agent has taken its plan.
-async fn wake(
+impl Waiting {
+    /// Waits for the state and loads it.
+    pub(super) async fn load(self, watch: &mut Stopwatch) -> anyhow::Result<Loaded> {
+        let Self {
+            common,
+            mut standby,
+            disk,
+        } = self;
+        let arrived = template::take_state(&common.channel).await?;
+        watch.lap("state");
+        let pid = standby.vm().identity().pid;
+        fill(&common.foundation, disk.as_ref(), &arrived, pid)?;
+        watch.lap("memory and disk");
+        // Connected before the state is loaded, or what the guest was saying then is lost.
+        let agent = standby
+            .take_agent()
+            .context("the hypervisor gives no channel to the agent")?;
+        let machine = standby.load(&arrived.device).await?;
+        watch.lap("load");
+        Ok(Loaded {
+            common,
+            machine,
+            agent,
+            mark: arrived.mark,
+        })
+    }
+
+    /// Waits until the process has ended.
+    pub(super) async fn ended(&self) -> String {
+        self.standby.vm().wait_exit().await.to_string()
+    }
+}
+
+impl Loaded {
+    /// Lets the clone go on, and waits until its agent has taken its plan.
+    pub(super) async fn awake(
+        self,
+        spec: &VmSpec,
+        entry: &Entry,
+        watch: &mut Stopwatch,
+    ) -> anyhow::Result<Built> {
+        let Self {
+            common,
+            machine,
+            agent,
+            mark,
+        } = self;
+        let plan = ClonePlan {
+            identity: spec.identity(common.network.guest.clone()),
+            realtime_ns: super::realtime_ns(),
+            entropy: entropy()?,
+        };
+        // On its way before the guest runs: the first thing that its agent reads.
+        let adopting = AgentLink::adopt(agent, mark, plan).await?;
+        machine.resume().await?;
+        watch.lap("resume");
+        let adopted = async {
+            let (link, stream) = adopting.finish().await?;
+            boot::opened(&stream).await?;
+            Ok::<_, anyhow::Error>((link, stream))
+        };
+        let (link, stream) = in_time(spec, &machine, &entry.paths.console_log(), adopted).await?;
+        watch.lap("agent");
+        let Common {
+            channel,
+            lineage,
+            sockets,
+            foundation,
+            network,
+            console,
+        } = common;
+        Ok(Built {
+            machine,
+            foundation,
+            network,
+            link,
+            stream,
+            sockets,
+            console,
+            serving: lineage.serve.is_some().then_some(channel),
+        })
+    }
+
+    /// Waits until the process has ended.
+    pub(super) async fn ended(&self) -> String {
+        self.machine.wait_exit().await.to_string()
+    }
+}
+
+async fn in_time(
     spec: &VmSpec,
-    mut standby: QemuStandby,
-    arrived: &StateOfVm,
-    plan: ClonePlan,
+    machine: &QemuVm,
     console_log: &Path,
-    watch: &mut Stopwatch,
-) -> anyhow::Result<(QemuVm, AgentLink, AgentStream)> {
-    let socket = standby
-        .take_agent()
-        .context("the hypervisor gives no channel to the agent")?;
-    // On its way before the guest runs: the first thing that its agent reads.
-    let adopting = AgentLink::adopt(socket, arrived.mark, plan).await?;
-    let machine = standby.load(&arrived.device).await?;
-    watch.lap("load");
-    machine.resume().await?;
-    watch.lap("resume");
-    let adopted = async {
-        let (link, stream) = adopting.finish().await?;
-        boot::opened(&stream).await?;
-        Ok::<_, anyhow::Error>((link, stream))
-    };
-    let (link, stream) = tokio::select! {
+    adopted: impl Future<Output = anyhow::Result<(AgentLink, AgentStream)>>,
+) -> anyhow::Result<(AgentLink, AgentStream)> {
+    tokio::select! {
         adopted = tokio::time::timeout(spec.boot_timeout, adopted) => adopted.with_context(|| {
             let limit = format!("the clone did not answer within {} s", spec.boot_timeout.as_secs());
             machine::boot_failure(&limit, console_log)
-        })??,
+        })?,
         exit = machine.wait_exit() => bail!("the clone ended before it answered ({exit})"),
-    };
-    Ok((machine, link, stream))
+    }
 }
 
 /// Runs the command that the container has for becoming a clone. One that fails is told, and the clone
 /// stays: it is the container's business. One that does not end is given up.
-async fn run_hook(
-    link: &AgentLink,
+pub(super) async fn run_hook(
+    built: &Built,
     spec: &VmSpec,
-    lineage: &Lineage,
-    command: &str,
+    entry: &Entry,
+    watch: &mut Stopwatch,
 ) -> anyhow::Result<()> {
+    let Some(command) = &spec.on_fork else {
+        return Ok(());
+    };
     let mut process = spec.shell(command);
     process.env.push(format!("FCVM_CLONE={}", spec.name));
-    process
-        .env
-        .push(format!("FCVM_PARENT={}", lineage.parent_name));
-    let ended = tokio::time::timeout(HOOK_LIMIT, link.request(&Request::Exec { process })).await;
-    match ended {
+    if let Some(lineage) = &entry.record.lineage {
+        process
+            .env
+            .push(format!("FCVM_PARENT={}", lineage.parent_name));
+    }
+    let request = Request::Exec { process };
+    let request = built.link.request(&request);
+    match tokio::time::timeout(HOOK_LIMIT, request).await {
         Ok(outcome) => match finished(outcome?)? {
             Outcome::Exited(ExitStatus::Code(0)) => {}
             Outcome::Exited(status) => {
@@ -155,12 +260,13 @@ async fn run_hook(
             tracing::warn!(target: "vm", "the --on-fork command did not end within {limit} s");
         }
     }
+    watch.lap("on-fork");
     Ok(())
 }
 
 /// Ends a clone with the process that serves its snapshot: the channel closes then.
 pub(super) async fn end_with(serving: Handover, vm: Rc<RunningVm>) {
-    if let Ok(None) | Err(_) = serving.receive::<Waiting>().await {
+    if let Ok(None) | Err(_) = serving.receive::<template::Waiting>().await {
         tracing::warn!(target: "vm", "the process that serves the snapshot has ended, and the clone with it");
         vm.stop(Some(0));
     }

@@ -1,20 +1,23 @@
 //! The source's side of a fork: clones are asked for, made ready, and given the frozen state.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context as _, bail};
+use fcvm_types::VmId;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use super::control::check_socket_path;
+use super::reserve::Reserve;
 use super::vm::RunningVm;
+use crate::commands::clones::Spare;
 use crate::handover::Handover;
-use crate::template::{all_waiting, send_offer, send_state};
+use crate::template::{Template, all_waiting, send_offer, send_state};
 
 const BACKLOG: i32 = 16;
 
@@ -22,7 +25,12 @@ const BACKLOG: i32 = 16;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub(crate) enum ForkRequest {
-    /// Clones. Descriptors: a channel to the owner of each.
+    /// Clones that were made ready ahead, at most so many. `Fork` has to follow.
+    Take {
+        /// How many.
+        count: usize,
+    },
+    /// Clones, besides those that were taken. Descriptors: a channel to the owner of each.
     Fork,
     /// What that would cost.
     Estimate,
@@ -73,6 +81,11 @@ pub(crate) enum ForkReply {
         pause_us: u64,
         /// Microseconds of each stage.
         timings_us: Vec<(String, u64)>,
+    },
+    /// Clones that are ready. Descriptors: where each is asked for.
+    Ready {
+        /// Their ids.
+        ids: Vec<VmId>,
     },
     /// What a fork would cost.
     Estimate(Estimate),
@@ -155,56 +168,112 @@ pub(super) async fn serve(listener: Listener, vm: Rc<RunningVm>) {
 }
 
 async fn answer(asking: Handover, vm: Rc<RunningVm>) {
-    let reply = serve_one(&asking, &vm)
-        .await
-        .unwrap_or_else(|error| ForkReply::Failed {
-            message: crate::errors::one_line(&error),
-        });
-    // Whoever asked may be gone; the clones are on their own.
-    let _ = asking.send(&reply, &[]);
-}
-
-async fn serve_one(asking: &Handover, vm: &Rc<RunningVm>) -> anyhow::Result<ForkReply> {
-    let Some((request, channels)) = asking.receive().await? else {
-        bail!("nothing was asked for");
-    };
-    match request {
-        ForkRequest::Fork => fork(channels, vm).await,
-        ForkRequest::Estimate => Ok(ForkReply::Estimate(vm.estimate()?)),
-        ForkRequest::Usage => Ok(ForkReply::Usage(vm.usage()?)),
+    if let Err(error) = serve_one(&asking, &vm).await {
+        let message = crate::errors::one_line(&error);
+        // Whoever asked may be gone.
+        let _ = asking.send(&ForkReply::Failed { message }, &[]);
     }
+    vm.replace_reserve(&asking).await;
 }
 
-async fn fork(channels: Vec<OwnedFd>, vm: &Rc<RunningVm>) -> anyhow::Result<ForkReply> {
+async fn serve_one(asking: &Handover, vm: &Rc<RunningVm>) -> anyhow::Result<()> {
+    let Some((mut request, mut channels)) = asking.receive().await? else {
+        return Ok(());
+    };
+    let reply = match request {
+        ForkRequest::Estimate => Some(ForkReply::Estimate(vm.estimate()?)),
+        ForkRequest::Usage => Some(ForkReply::Usage(vm.usage()?)),
+        ForkRequest::Take { .. } | ForkRequest::Fork => None,
+    };
+    if let Some(reply) = reply {
+        return asking.send(&reply, &[]);
+    }
     let _one_at_a_time = vm.freezing.lock().await;
-    let channels: Vec<Handover> = channels
+    vm.check_running()?;
+    let mut taken = Vec::new();
+    let reserve = match request {
+        ForkRequest::Take { count } => {
+            let mut reserve = vm.take_reserve();
+            if let Some(reserve) = &mut reserve {
+                let count = count.min(reserve.clones.len());
+                taken.extend(reserve.clones.drain(..count));
+            }
+            offer_ready(asking, &taken)?;
+            match asking.receive().await? {
+                Some(next) => (request, channels) = next,
+                None => return Ok(()),
+            }
+            reserve
+        }
+        // What is ready is of no use after the freeze.
+        _ => vm.take_reserve(),
+    };
+    if !matches!(request, ForkRequest::Fork) {
+        bail!("clones were taken and no fork was asked for");
+    }
+    let channels = channels
         .into_iter()
         .map(Handover::from_fd)
         .collect::<anyhow::Result<_>>()?;
-    let plan = vm.plan_freeze()?;
-    let template = vm.template(&plan)?;
+    let taken = taken.into_iter().map(|spare| spare.channel).collect();
+    fork(asking, vm, reserve, taken, channels).await
+}
+
+/// Hands clones that are ready over to the one who asks.
+pub(crate) fn offer_ready(asking: &Handover, clones: &[Spare]) -> anyhow::Result<()> {
+    let wishes: Vec<_> = clones.iter().map(|spare| spare.wishes.as_fd()).collect();
+    let ids = clones.iter().map(|spare| spare.id.clone()).collect();
+    asking.send(&ForkReply::Ready { ids }, &wishes)
+}
+
+/// Freezes the VM and gives its state to the clones that wait already and to new ones.
+async fn fork(
+    asking: &Handover,
+    vm: &Rc<RunningVm>,
+    reserve: Option<Reserve>,
+    mut waiting: Vec<Handover>,
+    channels: Vec<Handover>,
+) -> anyhow::Result<()> {
     let device_line = vm.machine.get().device_line().clone();
-    for channel in &channels {
-        // One whose owner has ended is found out below.
-        let _ = send_offer(channel, vm.foundation.accelerator, &device_line, &template);
-    }
-    let (preparation, waiting) = tokio::join!(vm.prepare_freeze(plan), all_waiting(channels));
-    let preparation = preparation?;
+    let offer = |template: &Template| {
+        for channel in &channels {
+            // One whose owner has ended is found out below.
+            let _ = send_offer(channel, vm.foundation.accelerator, &device_line, template);
+        }
+    };
+    let preparation = match reserve {
+        Some(reserve) => {
+            offer(&reserve.template);
+            waiting.extend(all_waiting(channels).await);
+            vm.refresh(reserve.preparation)?
+        }
+        None => {
+            let plan = vm.plan_freeze()?;
+            offer(&vm.template(&plan)?);
+            let (preparation, new) = tokio::join!(vm.prepare_freeze(plan), all_waiting(channels));
+            waiting.extend(new);
+            preparation?
+        }
+    };
     if waiting.is_empty() {
-        return Ok(ForkReply::NoClone);
+        return asking.send(&ForkReply::NoClone, &[]);
     }
-    let frozen = vm.freeze(preparation).await?;
-    tokio::task::spawn_local({
-        let vm = Rc::clone(vm);
-        async move { vm.set_clock().await }
-    });
+    let mut frozen = vm.freeze(preparation).await?;
     let mark = vm.link.mark();
     for channel in &waiting {
         // A clone that has ended meanwhile says so itself.
         let _ = send_state(channel, &frozen.state, frozen.difference.as_ref(), mark);
     }
-    Ok(ForkReply::Frozen {
+    tokio::task::spawn_local({
+        let vm = Rc::clone(vm);
+        async move { vm.set_clock().await }
+    });
+    let reply = ForkReply::Frozen {
         pause_us: frozen.pause_us(),
-        timings_us: frozen.timings_us,
-    })
+        timings_us: std::mem::take(&mut frozen.timings_us),
+    };
+    // Whoever asked may be gone; the clones are on their own.
+    let _ = asking.send(&reply, &[]);
+    vm.settle(frozen).await;
+    Ok(())
 }

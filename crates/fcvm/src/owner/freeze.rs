@@ -10,12 +10,13 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::qemu::{DeviceState, QemuStandby, QemuVm};
 use fcvm_hypervisor::spec::TRANSLATION_CACHE_BOOT;
 use fcvm_hypervisor::{GuestMemory, MemoryMapping, NetworkBackend, NetworkSpec, Pause, SaveState};
-use fcvm_memory::page_file::{anonymous_file, seal};
+use fcvm_memory::page_file::{anonymous_file, seal, seal_ahead};
 use fcvm_memory::{CapturedPages, GuestMapping, PageFile};
 use fcvm_network::ConnectionId;
 use fcvm_storage::{BranchMethod, CopyStore, Disk, DiskStore, DiskUsage, FrozenDisk};
@@ -38,6 +39,8 @@ pub(super) struct Frozen {
     pub(super) difference: Option<File>,
     /// Microseconds of each stage; those up to `resume` are the pause.
     pub(super) timings_us: Vec<(String, u64)>,
+    /// The process that the VM has left.
+    left: Option<Rc<QemuVm>>,
 }
 
 impl Frozen {
@@ -97,6 +100,17 @@ enum Way {
         mapping: GuestMapping,
         pages: CapturedPages,
     },
+}
+
+/// Makes room for the pages that the guest has written, and some more.
+fn make_room(mapping: &GuestMapping, pages: &mut CapturedPages) -> anyhow::Result<()> {
+    let bytes: u64 = mapping.private_runs()?.iter().map(|run| run.bytes()).sum();
+    let room = usize::try_from(bytes)?.saturating_add(SPARE_PAGE_BYTES);
+    if pages.bytes.len() < room {
+        // Not zero, so that the kernel gives the memory now and not in the pause.
+        pages.bytes.resize(room, 1);
+    }
+    Ok(())
 }
 
 impl RunningVm {
@@ -208,12 +222,12 @@ impl RunningVm {
     pub(super) fn template(&self, plan: &Plan) -> anyhow::Result<Template> {
         let memory = match &plan.memory {
             MemoryPlan::Copy(copy) => copy.as_fd().try_clone_to_owned()?,
-            MemoryPlan::Succession | MemoryPlan::Difference => self
-                .foundation
-                .memory
-                .borrow()
-                .as_fd()
-                .try_clone_to_owned()?,
+            MemoryPlan::Succession | MemoryPlan::Difference => {
+                let memory = self.foundation.memory.borrow();
+                // Nobody else will ever write to it, however long the present process takes to end.
+                seal_ahead(&*memory)?;
+                memory.as_fd().try_clone_to_owned()?
+            }
         };
         let disk = plan.disk.as_ref().map(|disk| match disk {
             DiskPlan::Leave { frozen, .. } => frozen.clone(),
@@ -231,11 +245,8 @@ impl RunningVm {
             MemoryPlan::Difference => {
                 let pid = self.machine.identity().pid;
                 let mapping = GuestMapping::find(pid, &*foundation.memory.borrow())?;
-                let bytes: u64 = mapping.private_runs()?.iter().map(|run| run.bytes()).sum();
                 let mut pages = CapturedPages::default();
-                // Not zero, so that the kernel gives the memory now and not in the pause.
-                let room = usize::try_from(bytes)?.saturating_add(SPARE_PAGE_BYTES);
-                pages.bytes.resize(room, 1);
+                make_room(&mapping, &mut pages)?;
                 Way::Difference { mapping, pages }
             }
         };
@@ -245,7 +256,15 @@ impl RunningVm {
         })
     }
 
-    fn check_running(&self) -> anyhow::Result<()> {
+    /// Brings a preparation up to date that was made some time ago.
+    pub(super) fn refresh(&self, mut preparation: Preparation) -> anyhow::Result<Preparation> {
+        if let Way::Difference { mapping, pages } = &mut preparation.way {
+            make_room(mapping, pages)?;
+        }
+        Ok(preparation)
+    }
+
+    pub(super) fn check_running(&self) -> anyhow::Result<()> {
         match self.state() {
             VmState::Running => Ok(()),
             VmState::Paused => bail!(self.paused()),
@@ -301,11 +320,18 @@ impl RunningVm {
         }
         let frozen = self.freeze_running(preparation).await;
         self.pausing.set(false);
-        let Frozen { memory, .. } = frozen
-            .as_ref()
-            .map_err(|error| anyhow::anyhow!("{error:#}"))?;
-        seal(memory)?;
         frozen
+    }
+
+    /// Waits until nobody can write to the frozen memory any more. Clones need not wait for it: the
+    /// process that the VM has left is stopped.
+    pub(super) async fn settle(&self, frozen: Frozen) {
+        if let Some(left) = &frozen.left {
+            left.wait_exit().await;
+        }
+        if let Err(error) = seal(&frozen.memory) {
+            tracing::warn!(target: "vm", "the memory that clones share is not sealed: {error}");
+        }
     }
 
     async fn freeze_running(&self, preparation: Preparation) -> anyhow::Result<Frozen> {
@@ -370,12 +396,13 @@ impl RunningVm {
         };
         watch.lap("disk");
         let present = foundation.memory.borrow().as_fd().try_clone_to_owned()?;
+        let mut left = None;
         let (memory, difference) = match preparation.way {
             Way::Succession {
                 successor,
                 connection,
             } => {
-                self.succeed(*successor, connection, &state, watch).await?;
+                left = Some(self.succeed(*successor, connection, &state, watch).await?);
                 if let Some(disk) = continue_on {
                     *foundation.scratch.borrow_mut() = Some(disk);
                 }
@@ -407,17 +434,18 @@ impl RunningVm {
             memory,
             difference,
             timings_us: std::mem::take(&mut watch.laps),
+            left,
         })
     }
 
-    /// Lets the VM go on in its successor.
+    /// Lets the VM go on in its successor; gives the process that it has left, which is ending.
     async fn succeed(
         &self,
         successor: QemuStandby,
         connection: Option<ConnectionId>,
         state: &DeviceState,
         watch: &mut super::Stopwatch,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Rc<QemuVm>> {
         let loaded = successor.load(state).await;
         let successor = loaded.inspect_err(|_| self.disconnect(connection))?;
         watch.lap("load");
@@ -433,8 +461,6 @@ impl RunningVm {
         }
         self.machine.resume().await?;
         watch.lap("resume");
-        old.wait_exit().await;
-        watch.lap("end of the old process");
         let copy = self
             .foundation
             .memory
@@ -452,6 +478,6 @@ impl RunningVm {
                 }
             }
         });
-        Ok(())
+        Ok(old)
     }
 }

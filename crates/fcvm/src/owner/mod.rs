@@ -13,8 +13,10 @@ pub(crate) mod link;
 pub(crate) mod log;
 mod machine;
 mod request;
+mod reserve;
 mod slot;
 pub(crate) mod spec;
+pub(crate) mod standby;
 mod supervisor;
 mod vm;
 
@@ -64,6 +66,8 @@ pub(crate) enum Origin {
     Boot,
     /// The state of another VM.
     Clone(clone::Source),
+    /// A clone that was made ready ahead.
+    Ready(Box<standby::Ready>),
 }
 
 /// Runs a VM to its end; gives the exit code for the command line.
@@ -122,6 +126,9 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
         tokio::task::spawn_local(control::serve(sockets.control, Rc::clone(&vm)).in_current_span());
     let forks =
         tokio::task::spawn_local(fork::serve(sockets.fork, Rc::clone(&vm)).in_current_span());
+    let reserve = Rc::clone(&vm);
+    let reserve =
+        tokio::task::spawn_local(async move { reserve.fill_reserve().await }.in_current_span());
     let health = spec.health.clone().map(|check| {
         tokio::task::spawn_local(
             health::watch(Rc::clone(&vm), check, spec.process.clone()).in_current_span(),
@@ -133,6 +140,7 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
     health.inspect(|task| task.abort());
     control.abort();
     forks.abort();
+    reserve.abort();
     network.abort();
     disks.abort();
     supervisor::power_off(&vm, &ending).await;
@@ -162,18 +170,29 @@ async fn start(
     origin: Origin,
     detached: bool,
 ) -> anyhow::Result<Started> {
-    let mut watch = Stopwatch::new(spec.timings_us.clone());
-    let mut signals = Forwarded::new()?;
-    let lineage = match &origin {
-        Origin::Boot => None,
-        Origin::Clone(source) => Some(source.lineage.clone()),
+    let (place, step) = match origin {
+        Origin::Boot => {
+            let place = Place::new(context, spec, None, VmState::Created)?;
+            (place, Step::Boot)
+        }
+        Origin::Clone(source) => {
+            let lineage = Some(source.lineage.clone());
+            let place = Place::new(context, spec, lineage, VmState::Created)?;
+            (place, Step::Clone(source))
+        }
+        Origin::Ready(ready) => {
+            let (place, stage) = ready.assigned(spec)?;
+            (place, Step::GoOn(stage))
+        }
     };
-    let mut entry = Entry::create(context, spec, lineage)?;
+    let Place {
+        mut entry,
+        mut watch,
+        mut signals,
+    } = place;
     if detached {
-        let file = File::create(entry.paths.owner_log()).context("cannot write the owner's log")?;
-        rustix::stdio::dup2_stderr(&file).context("cannot redirect stderr")?;
+        entry.take_stderr()?;
     }
-    watch.lap("record");
     let interrupted = async {
         loop {
             if let Arrived::Signal(signal) = signals.next().await {
@@ -182,11 +201,12 @@ async fn start(
         }
     };
     let build = async {
-        match origin {
-            Origin::Boot => boot::build(context, spec, &mut entry, &mut watch).await,
-            Origin::Clone(source) => {
+        match step {
+            Step::Boot => boot::build(context, spec, &mut entry, &mut watch).await,
+            Step::Clone(source) => {
                 clone::build(context, spec, source, &mut entry, &mut watch).await
             }
+            Step::GoOn(stage) => stage.go_on(spec, &entry, &mut watch).await,
         }
     };
     let built = tokio::select! {
@@ -205,11 +225,51 @@ async fn start(
     record.health = spec.health.as_ref().map(|_| Health::Starting);
     record.timings_us = watch.laps;
     entry.store.write(&record)?;
-    Ok(started(entry, record, built, signals))
+    Ok(started(context, spec, entry, record, built, signals))
+}
+
+/// What is to be done for the container to run.
+enum Step {
+    Boot,
+    Clone(clone::Source),
+    GoOn(standby::Stage),
+}
+
+/// What an owner has before it acquires anything else.
+struct Place {
+    entry: Entry,
+    watch: Stopwatch,
+    signals: Forwarded,
+}
+
+impl Place {
+    fn new(
+        context: &Context,
+        spec: &VmSpec,
+        lineage: Option<Lineage>,
+        state: VmState,
+    ) -> anyhow::Result<Self> {
+        let mut watch = Stopwatch::new(spec.timings_us.clone());
+        let signals = Forwarded::new()?;
+        let entry = Entry::create(context, spec, lineage, state)?;
+        watch.lap("record");
+        Ok(Self {
+            entry,
+            watch,
+            signals,
+        })
+    }
 }
 
 /// The VM as the owner's parts share it from now on.
-fn started(entry: Entry, record: VmRecord, built: Built, signals: Forwarded) -> Started {
+fn started(
+    context: &Context,
+    spec: &VmSpec,
+    entry: Entry,
+    record: VmRecord,
+    built: Built,
+    signals: Forwarded,
+) -> Started {
     let Built {
         machine,
         foundation,
@@ -232,6 +292,7 @@ fn started(entry: Entry, record: VmRecord, built: Built, signals: Forwarded) -> 
         stop_requests: stop,
         pausing: false.into(),
         freezing: tokio::sync::Mutex::new(()),
+        reserves: reserve::Reserves::new(context, spec),
         out_of_space: false.into(),
     });
     if let Some(serving) = serving {
@@ -306,10 +367,16 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    fn create(context: &Context, spec: &VmSpec, lineage: Option<Lineage>) -> anyhow::Result<Self> {
+    fn create(
+        context: &Context,
+        spec: &VmSpec,
+        lineage: Option<Lineage>,
+        state: VmState,
+    ) -> anyhow::Result<Self> {
         let store = context.state()?;
         let mut record = first_record(spec, this_process()?);
         record.lineage = lineage;
+        record.state = state;
         store.create(&record)?;
         let entry = Self {
             paths: store.paths(&spec.id),
@@ -317,10 +384,37 @@ impl Entry {
             record,
             finished: false,
         };
-        let path = entry.paths.spec();
-        std::fs::write(&path, serde_json::to_vec(spec)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        entry.write_spec(spec)?;
         Ok(entry)
+    }
+
+    fn write_spec(&self, spec: &VmSpec) -> anyhow::Result<()> {
+        let path = self.paths.spec();
+        std::fs::write(&path, serde_json::to_vec(spec)?)
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Makes a clone that was ready ahead the VM that is wanted.
+    fn assign(&mut self, spec: &VmSpec) -> anyhow::Result<()> {
+        self.write_spec(spec)?;
+        let mut record = self.record.clone();
+        record.state = VmState::Booting;
+        record.name = spec.name.clone();
+        record.remove_on_exit = spec.remove_on_exit;
+        record.created_at = OffsetDateTime::now_utc();
+        self.store.rename(&record)?;
+        self.record = record;
+        Ok(())
+    }
+
+    /// From here on what this process says goes to the owner's log.
+    fn take_stderr(&self) -> anyhow::Result<()> {
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(self.paths.owner_log())
+            .context("cannot write the owner's log")?;
+        rustix::stdio::dup2_stderr(&file).context("cannot redirect stderr")
     }
 
     fn update(&mut self, change: impl FnOnce(&mut VmRecord)) -> anyhow::Result<()> {
@@ -408,6 +502,14 @@ impl Stopwatch {
             last: Instant::now(),
             laps,
         }
+    }
+
+    /// What was done until now was done ahead, and the time since then was nobody's.
+    pub(crate) fn went_ahead(&mut self) {
+        for (stage, _) in &mut self.laps {
+            stage.push_str(" (ahead)");
+        }
+        self.last = Instant::now();
     }
 
     /// Ends a stage.

@@ -46,6 +46,9 @@ pub(crate) struct VmSpec {
     /// Shell command that a clone runs before it answers anything.
     #[serde(default)]
     pub(crate) on_fork: Option<String>,
+    /// Clones that are to be ready before they are asked for.
+    #[serde(default)]
+    pub(crate) standby: u16,
     /// Stages before the owner began, microseconds.
     pub(crate) timings_us: Vec<(String, u64)>,
 }

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use super::link::{AgentLink, AgentStream};
 use super::machine::Foundation;
+use super::reserve::Reserves;
 use super::slot::MachineSlot;
 use crate::client::finished;
 use crate::signals::SIGKILL;
@@ -33,6 +34,8 @@ pub(super) struct RunningVm {
     pub(super) pausing: Cell<bool>,
     /// One fork or snapshot at a time.
     pub(super) freezing: tokio::sync::Mutex<()>,
+    /// Clones that are ready before they are asked for.
+    pub(super) reserves: Reserves,
     /// The machine stopped because the host had no space for its disk.
     pub(super) out_of_space: Cell<bool>,
 }

@@ -125,9 +125,28 @@ impl StateStore {
     /// Enters a new VM. Its name has to be free.
     pub(crate) fn create(&self, record: &VmRecord) -> anyhow::Result<()> {
         let _lock = self.lock()?;
+        self.check_name(record)?;
+        let paths = self.paths(&record.id);
+        create_private_dir(&paths.directory)?;
+        self.write(record).inspect_err(|_| {
+            // Nothing of a VM that could not be entered may stay.
+            let _ = std::fs::remove_dir_all(&paths.directory);
+        })
+    }
+
+    /// Writes the record of a VM that has got another name, which has to be free.
+    pub(crate) fn rename(&self, record: &VmRecord) -> anyhow::Result<()> {
+        let _lock = self.lock()?;
+        self.check_name(record)?;
+        self.write(record)
+    }
+
+    /// No other VM may have the name. The lock must be held.
+    fn check_name(&self, record: &VmRecord) -> anyhow::Result<()> {
         for entry in self.entries(true)? {
             if let Entry::Vm(other) = entry
                 && other.name == record.name
+                && other.id != record.id
             {
                 bail!(
                     "the name '{}' is in use by VM {}: choose another name, or remove that VM with 'fcvm rm {}'",
@@ -137,17 +156,12 @@ impl StateStore {
                 );
             }
         }
-        let paths = self.paths(&record.id);
-        create_private_dir(&paths.directory)?;
-        self.write(record).inspect_err(|_| {
-            // Nothing of a VM that could not be entered may stay.
-            let _ = std::fs::remove_dir_all(&paths.directory);
-        })
+        Ok(())
     }
 
     /// A name that no VM has.
     pub(crate) fn free_name(&self) -> anyhow::Result<VmName> {
-        let taken: Vec<VmName> = self.list()?.into_iter().map(|record| record.name).collect();
+        let taken: Vec<VmName> = self.all()?.into_iter().map(|record| record.name).collect();
         loop {
             let name = VmName::generate(random()?);
             if !taken.contains(&name) {
@@ -169,8 +183,15 @@ impl StateStore {
             .with_context(|| format!("cannot write the state record {}", paths.record().display()))
     }
 
-    /// All VMs that can be read, oldest first, the dead settled; a line on stderr for each that cannot.
+    /// The VMs that somebody has asked for, as [`all`](Self::all) gives them.
     pub(crate) fn list(&self) -> anyhow::Result<Vec<VmRecord>> {
+        let mut records = self.all()?;
+        records.retain(|record| record.state != VmState::Standby);
+        Ok(records)
+    }
+
+    /// All VMs that can be read, oldest first, the dead settled; a line on stderr for each that cannot.
+    pub(crate) fn all(&self) -> anyhow::Result<Vec<VmRecord>> {
         let mut records = Vec::new();
         for entry in self.entries(false)? {
             match entry {

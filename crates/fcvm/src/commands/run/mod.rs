@@ -169,6 +169,7 @@ async fn make_spec(
         boot_timeout: arguments.boot_timeout,
         health: health::check(arguments, image.health_check.as_ref()),
         on_fork: arguments.on_fork.clone(),
+        standby: arguments.standby,
         timings_us: watch.laps,
         id,
         name,

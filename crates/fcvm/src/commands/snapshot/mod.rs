@@ -201,7 +201,7 @@ fn load_memory(snapshot: &Snapshot) -> anyhow::Result<File> {
 
 async fn serve(context: &Context, arguments: &ServeArguments) -> anyhow::Result<u8> {
     let loaded = load(&context.snapshots(), &arguments.tag)?;
-    serve::serve(context, loaded).await
+    serve::serve(context, loaded, arguments.standby).await
 }
 
 async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Result<u8> {
@@ -211,7 +211,8 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
     match (&arguments.snapshot, arguments.pid) {
         (Some(tag), _) => {
             let loaded = load(&context.snapshots(), tag)?;
-            let (starting, channels) = start(context, arguments, &loaded.served(None))?;
+            let (starting, channels) =
+                start(context, arguments, &loaded.served(None), None).await?;
             let channels = channels
                 .into_iter()
                 .map(Handover::from_fd)
@@ -221,7 +222,8 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
         }
         (None, Some(pid)) => {
             let server = Server::connect(context, pid).await?;
-            let (starting, channels) = start(context, arguments, &server.served)?;
+            let (starting, channels) =
+                start(context, arguments, &server.served, Some(&server)).await?;
             let spec = server.served.spec.clone();
             server.give(channels).await?;
             finish(context, arguments, &spec, starting).await
@@ -232,11 +234,12 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
     }
 }
 
-/// Starts the owners of the clones.
-fn start(
+/// Starts the owners of the clones, or asks the process that serves the snapshot for ready ones.
+async fn start(
     context: &Context,
     arguments: &RunArguments,
     served: &Served,
+    server: Option<&Server>,
 ) -> anyhow::Result<(Vec<Starting>, Vec<OwnedFd>)> {
     let names = clones::names(
         &context.state()?,
@@ -250,7 +253,12 @@ fn start(
         ports: &arguments.publish,
         remove_on_exit: arguments.rm,
     };
-    clones::start_all(context, &family, names)
+    let ready = match server {
+        // A port is given to the network when that starts, so those that are ready have none.
+        Some(server) if arguments.publish.is_empty() => server.ask_for_ready(names.len()).await?,
+        _ => Vec::new(),
+    };
+    clones::start_all(context, &family, names, ready)
 }
 
 async fn finish(

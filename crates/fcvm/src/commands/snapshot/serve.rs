@@ -1,9 +1,11 @@
 //! Giving a snapshot's state to clones: by the command that starts them, or by a process that stays.
 
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::Accelerator;
@@ -13,13 +15,17 @@ use fcvm_types::{SnapshotTag, VmId, VmName};
 use fcvm_wire::Mark;
 use serde::{Deserialize, Serialize};
 
+use super::super::clones::{self, Family, ReadyClone, Spare};
 use crate::context::{Context, create_private_dir};
 use crate::handover::Handover;
-use crate::owner::fork::{ForkReply, ForkRequest, Listener, connect};
+use crate::owner::fork::{ForkReply, ForkRequest, Listener, connect, offer_ready};
 use crate::owner::spec::VmSpec;
 use crate::signals::{Arrived, Forwarded};
 use crate::state::this_process;
-use crate::template::{Template, all_waiting, send_offer, send_state};
+use crate::template::{Template, Waiting, all_waiting, send_offer, send_state};
+
+/// How long new clones are not made while the command that took the last ones is busy with them.
+const BUSY_LIMIT: Duration = Duration::from_secs(2);
 
 /// A snapshot in memory.
 pub(super) struct Loaded {
@@ -127,18 +133,38 @@ impl Drop for ServeSocket {
     }
 }
 
+/// What a serving process has.
+struct Serving {
+    context: Context,
+    loaded: Loaded,
+    served: Served,
+    /// How many clones are to be ready.
+    standby: usize,
+    ready: RefCell<Vec<Spare>>,
+    /// New ones are being made.
+    filling: Cell<bool>,
+}
+
 /// `fcvm snapshot serve`: until it is told to end.
-pub(super) async fn serve(context: &Context, loaded: Loaded) -> anyhow::Result<u8> {
+pub(super) async fn serve(context: &Context, loaded: Loaded, standby: u16) -> anyhow::Result<u8> {
     let process = this_process()?;
     let socket = ServeSocket::bind(context, process)?;
     let mut signals = Forwarded::new()?;
+    let serving = Rc::new(Serving {
+        context: context.clone(),
+        served: loaded.served(Some(process)),
+        loaded,
+        standby: standby.into(),
+        ready: RefCell::default(),
+        filling: Cell::default(),
+    });
+    tokio::task::spawn_local(Rc::clone(&serving).fill());
     println!("{}", process.pid);
-    let served = Rc::new((loaded.served(Some(process)), loaded));
     loop {
         tokio::select! {
             asking = socket.listener.accept() => match asking {
                 Ok(asking) => {
-                    tokio::task::spawn_local(answer(asking, Rc::clone(&served)));
+                    tokio::task::spawn_local(Rc::clone(&serving).answer(asking));
                 }
                 Err(error) => bail!("no clone can be asked for any more: {error:#}"),
             },
@@ -150,35 +176,97 @@ pub(super) async fn serve(context: &Context, loaded: Loaded) -> anyhow::Result<u
     }
 }
 
-async fn answer(asking: Handover, served: Rc<(Served, Loaded)>) {
-    if let Err(error) = answer_one(asking, &served.0, &served.1).await {
-        tracing::debug!("a request was not answered: {error:#}");
+impl Serving {
+    async fn answer(self: Rc<Self>, asking: Handover) {
+        if let Err(error) = self.answer_one(&asking).await {
+            tracing::debug!("a request was not answered: {error:#}");
+        }
+        // Once whoever asked is done, so that new clones are not made at the cost of theirs.
+        let _ = tokio::time::timeout(BUSY_LIMIT, asking.receive::<()>()).await;
+        self.fill().await;
     }
-}
 
-async fn answer_one(asking: Handover, served: &Served, loaded: &Loaded) -> anyhow::Result<()> {
-    asking.send(served, &[])?;
-    let Some((ForkRequest::Fork, channels)) = asking.receive().await? else {
-        return Ok(());
-    };
-    let channels = channels
-        .into_iter()
-        .map(Handover::from_fd)
-        .collect::<anyhow::Result<_>>()?;
-    let clones = loaded.give(channels).await;
-    let reply = match clones.is_empty() {
-        true => ForkReply::NoClone,
-        false => ForkReply::Frozen {
-            pause_us: 0,
-            timings_us: Vec::new(),
-        },
-    };
-    asking.send(&reply, &[])?;
-    for clone in clones {
-        // Kept open as long as the clone is there: its closing is what the clone ends by.
-        tokio::task::spawn_local(async move { clone.receive::<()>().await.map(drop) });
+    async fn answer_one(&self, asking: &Handover) -> anyhow::Result<()> {
+        asking.send(&self.served, &[])?;
+        let Some((mut request, mut channels)) = asking.receive().await? else {
+            return Ok(());
+        };
+        let mut clones = Vec::new();
+        if let ForkRequest::Take { count } = request {
+            let taken: Vec<Spare> = {
+                let mut ready = self.ready.borrow_mut();
+                let count = count.min(ready.len());
+                ready.drain(..count).collect()
+            };
+            offer_ready(asking, &taken)?;
+            clones.extend(taken.into_iter().map(|spare| spare.channel));
+            match asking.receive().await? {
+                Some(next) => (request, channels) = next,
+                None => return Ok(()),
+            }
+        }
+        if !matches!(request, ForkRequest::Fork) {
+            return Ok(());
+        }
+        let channels = channels
+            .into_iter()
+            .map(Handover::from_fd)
+            .collect::<anyhow::Result<_>>()?;
+        clones.extend(self.loaded.give(channels).await);
+        let reply = match clones.is_empty() {
+            true => ForkReply::NoClone,
+            false => ForkReply::Frozen {
+                pause_us: 0,
+                timings_us: Vec::new(),
+            },
+        };
+        asking.send(&reply, &[])?;
+        for clone in clones {
+            // Kept open as long as the clone is there: its closing is what the clone ends by.
+            tokio::task::spawn_local(async move { clone.receive::<()>().await.map(drop) });
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Makes clones ready until there are enough.
+    async fn fill(self: Rc<Self>) {
+        if self.filling.replace(true) {
+            return;
+        }
+        while self.ready.borrow().len() < self.standby {
+            match self.make_ready().await {
+                Ok(spare) => self.ready.borrow_mut().push(spare),
+                Err(error) => {
+                    tracing::warn!("no clones are ready ahead (--standby): {error:#}");
+                    break;
+                }
+            }
+        }
+        self.filling.set(false);
+    }
+
+    async fn make_ready(&self) -> anyhow::Result<Spare> {
+        let family = Family {
+            source: &self.served.spec,
+            lineage: &self.served.lineage,
+            ports: &[],
+            remove_on_exit: false,
+        };
+        let spare = Spare::start(&self.context, &family)?;
+        let Loaded {
+            accelerator,
+            device_line,
+            template,
+            device,
+            mark,
+            ..
+        } = &self.loaded;
+        send_offer(&spare.channel, *accelerator, device_line, template)?;
+        let waits = spare.channel.receive::<Waiting>().await?;
+        waits.context("a clone ended before it was ready")?;
+        send_state(&spare.channel, device, None, *mark)?;
+        Ok(spare)
+    }
 }
 
 /// A process that serves a snapshot, as a command sees it.
@@ -198,6 +286,11 @@ impl Server {
         let asking = connect(&socket_path(context, pid)).with_context(none)?;
         let (served, _) = asking.receive::<Served>().await?.with_context(none)?;
         Ok(Self { asking, served })
+    }
+
+    /// Asks for clones that are ready.
+    pub(super) async fn ask_for_ready(&self, count: usize) -> anyhow::Result<Vec<ReadyClone>> {
+        clones::ask_for_ready(&self.asking, count).await
     }
 
     /// Asks for clones.
