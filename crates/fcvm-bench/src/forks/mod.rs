@@ -6,6 +6,7 @@ mod clones;
 mod guest;
 mod latency;
 mod pause;
+mod ready;
 mod restore;
 
 use std::path::Path;
@@ -72,6 +73,7 @@ pub(crate) fn measure(
     };
     if wants("fork") {
         latency::measure(lab, scale, &program, report).context("fork")?;
+        ready::measure(lab, scale, report).context("clones ready ahead")?;
     }
     if wants("pause") {
         pause::measure(lab, scale, &program, report).context("pause")?;

@@ -182,7 +182,7 @@ async fn start(
         }
         Origin::Ready(ready) => {
             let (place, stage) = ready.assigned(spec)?;
-            (place, Step::GoOn(stage))
+            (place, Step::GoOn(Box::new(stage)))
         }
     };
     let Place {
@@ -232,7 +232,7 @@ async fn start(
 enum Step {
     Boot,
     Clone(clone::Source),
-    GoOn(standby::Stage),
+    GoOn(Box<standby::Stage>),
 }
 
 /// What an owner has before it acquires anything else.
@@ -258,6 +258,12 @@ impl Place {
             watch,
             signals,
         })
+    }
+
+    /// Writes the stages so far into the record.
+    fn tell_stages(&mut self) -> anyhow::Result<()> {
+        let laps = self.watch.laps.clone();
+        self.entry.update(|record| record.timings_us = laps)
     }
 }
 

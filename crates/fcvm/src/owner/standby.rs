@@ -96,6 +96,7 @@ async fn make_ready(context: &Context, spec: &VmSpec, source: Source) -> anyhow:
         stage = prepare => stage?,
         () = terminated(signals) => bail!("the clone is not wanted any more"),
     };
+    place.tell_stages()?;
     Ok(Ready { place, stage })
 }
 

@@ -120,6 +120,55 @@ fn clones_continue_and_are_independent() {
 }
 
 #[test]
+fn clones_that_wait_ahead_are_used_and_leave_nothing() {
+    let Some(lab) = Lab::new() else { return };
+    counting_vm(&lab, &["--network", "none", "--standby", "2"]);
+    let standby = |record: &Value| record["state"] == "standby";
+    let mut before = 0;
+    // The first fork is by succession, the second one copies what was written since.
+    for prefix in ["first", "second"] {
+        lab.wait_for_record("a clone that waits", standby);
+        before = count(&lab, "source").max(before);
+        lab.sh("source", &format!("echo {prefix} > /root/file; sync"));
+        lab.ok(&["fork", "source", "-n", "3", "--name", prefix]);
+        let mut ahead = 0;
+        for number in 1..=3 {
+            let clone = format!("{prefix}-{number}");
+            assert!(count(&lab, &clone) >= before);
+            assert_eq!(lab.sh(&clone, "cat /root/file"), format!("{prefix}\n"));
+            let record = &lab.json(&["inspect", &clone])[0];
+            let timings = record["start_timings"].as_array().unwrap();
+            ahead += usize::from(
+                timings
+                    .iter()
+                    .any(|timing| timing["stage"] == "hypervisor (ahead)"),
+            );
+        }
+        assert_eq!(ahead, 2);
+    }
+    // A snapshot is of the VM as it is now, whatever waits.
+    lab.wait_for_record("a clone that waits", standby);
+    lab.sh("source", "echo third > /root/file; sync");
+    lab.ok(&["snapshot", "create", "source", "--tag", "third", "--verify"]);
+    lab.ok(&["fork", "source", "--name", "last"]);
+    assert_eq!(lab.sh("last", "cat /root/file"), "third\n");
+    lab.ok(&["snapshot", "rm", "third"]);
+    // Those that wait end with the VM, also when nobody can tell them.
+    lab.wait_for_record("a clone that waits", standby);
+    lab.ok(&["rm", "-f", "-a"]);
+    lab.wait_for_no_process();
+    counting_vm(&lab, &["--network", "none", "--standby", "1"]);
+    lab.wait_for_record("a clone that waits", standby);
+    let record = lab.wait_for_state("source", "running");
+    let pid = i32::try_from(record["owner"]["pid"].as_i64().unwrap()).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), Signal::KILL)
+        .unwrap();
+    lab.wait_for_no_process();
+    lab.ok(&["rm", "-f", "-a"]);
+    lab.finish();
+}
+
+#[test]
 fn no_two_clones_return_the_same_random_bytes() {
     let Some(lab) = Lab::new() else { return };
     lab.idle_vm("source", &["--network", "none", "--memory", "128m"]);

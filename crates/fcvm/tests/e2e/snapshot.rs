@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 use crate::base::IMAGE;
 use crate::lab::Lab;
@@ -157,6 +158,72 @@ fn a_serving_process_starts_clones_which_end_with_it() {
     assert!(pruned.contains("serve-"), "{pruned}");
     lab.ok(&["snapshot", "rm", "warm"]);
     lab.finish();
+}
+
+#[test]
+fn a_serving_process_keeps_clones_that_have_run_and_are_nobody_yet() {
+    let Some(lab) = Lab::new() else { return };
+    lab.idle_vm("source", &["--network", "none"]);
+    lab.ok(&["snapshot", "create", "source", "--tag", "warm"]);
+    lab.ok(&["rm", "-f", "source"]);
+    let server = lab.start(&["snapshot", "serve", "warm", "--standby", "2"]);
+    let pid = server.stdout.wait_for("\n").trim().to_owned();
+    let ready = |record: &Value| {
+        record["state"] == "standby" && stages(record).contains(&"rehearsal".to_owned())
+    };
+    lab.wait_for_record("a clone that is ready", ready);
+    // Nobody's clones are not among the VMs, and a name is theirs only until they are wanted.
+    assert!(!lab.ok(&["ls"]).contains("standby"));
+    assert!(lab.ok(&["ls", "-a"]).contains("Standby"));
+    let ask = "hostname; date +%s; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo";
+    let mut random = std::collections::HashSet::new();
+    for count in ["1", "3"] {
+        let prefix = format!("of-{count}");
+        let answers = lab.json(&[
+            "snapshot", "run", "--pid", &pid, "-n", count, "--name", &prefix, "--exec", ask,
+            "--format", "json",
+        ]);
+        let answers = answers["clones"].as_array().unwrap();
+        assert_eq!(answers.len().to_string(), count);
+        for answer in answers {
+            let said = answer["stdout"].as_str().unwrap();
+            let said: Vec<&str> = said.lines().collect();
+            assert!(
+                answer["id"].as_str().unwrap().starts_with(said[0]),
+                "{said:?}"
+            );
+            let late =
+                time::OffsetDateTime::now_utc().unix_timestamp() - said[1].parse::<i64>().unwrap();
+            assert!((0..30).contains(&late), "the clock is {late} s late");
+            assert!(random.insert(said[2].to_owned()), "{said:?}");
+        }
+    }
+    let record = &lab.json(&["inspect", "of-1-1"])[0];
+    let names: Vec<&str> = record["start_timings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|timing| timing["stage"].as_str().unwrap())
+        .collect();
+    assert!(names.contains(&"rehearsal (ahead)"), "{names:?}");
+    assert!(names.contains(&"resume"), "{names:?}");
+    lab.wait_for_record("another clone that is ready", ready);
+    kill_process(server.pid(), Signal::KILL).unwrap();
+    server.wait();
+    lab.wait_for_no_process();
+    lab.ok(&["rm", "-f", "-a"]);
+    lab.ok(&["system", "prune", "--force"]);
+    lab.ok(&["snapshot", "rm", "warm"]);
+    lab.finish();
+}
+
+/// The stages that a record knows of.
+fn stages(record: &Value) -> Vec<String> {
+    let timings = record["timings_us"].as_array().unwrap();
+    timings
+        .iter()
+        .map(|timing| timing[0].as_str().unwrap().to_owned())
+        .collect()
 }
 
 fn owner(lab: &Lab, name: &str) -> Pid {
