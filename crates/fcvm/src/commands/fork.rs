@@ -68,19 +68,8 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
         bail!("VM '{}' could not be forked: {message}", record.name);
     }
     let clones = clones::all_started(starting).await?;
-    let stood = match &reply {
-        ForkReply::Frozen {
-            pause_us,
-            timings_us,
-        } => Some(Stood {
-            record: &record,
-            pause_us: *pause_us,
-            timings_us,
-        }),
-        _ => None,
-    };
     let answered = Answered {
-        source: stood,
+        source: Stood::of(&record, &reply),
         clones: &clones,
         spec: &source,
     };
@@ -113,6 +102,22 @@ pub(super) struct Stood<'a> {
     pub(super) pause_us: u64,
     /// Microseconds of each stage.
     pub(super) timings_us: &'a [(String, u64)],
+}
+
+impl<'a> Stood<'a> {
+    fn of(record: &'a VmRecord, reply: &'a ForkReply) -> Option<Self> {
+        match reply {
+            ForkReply::Frozen {
+                pause_us,
+                timings_us,
+            } => Some(Self {
+                record,
+                pause_us: *pause_us,
+                timings_us,
+            }),
+            _ => None,
+        }
+    }
 }
 
 /// Prints the clones and what they say; the exit code is the first that is not zero.
