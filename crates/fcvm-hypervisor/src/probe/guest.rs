@@ -5,7 +5,9 @@
 
 use std::arch::global_asm;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region, kvm_xcrs,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use rustix::io::Errno;
 
@@ -144,6 +146,9 @@ fn try_run() -> Result<KvmUsability, KvmFailure> {
         .any(|entry| entry.function == 1 && entry.ecx & (1 << 26) != 0);
     vcpu.set_cpuid2(&cpuid)
         .map_err(failed("setting the processor's features"))?;
+    if has_xsave {
+        turn_states_on(&vcpu)?;
+    }
     enter_long_mode(&vcpu, has_xsave)?;
     let exit = describe(&mut vcpu)?;
     let step = memory.step();
@@ -179,6 +184,18 @@ fn wrong_with(exit: &VcpuExit<'_>) -> Option<String> {
         VcpuExit::FailEntry(reason, _) => format!("the processor refused it ({reason:#x})"),
         other => format!("unexpected exit {other:?}"),
     })
+}
+
+/// Turns the x87 and SSE states on, as restoring a guest does. Where SVM itself is emulated (QEMU) the
+/// guest's own xsetbv is not seen by KVM and lost at the next exit.
+fn turn_states_on(vcpu: &VcpuFd) -> Result<(), KvmFailure> {
+    let mut xcrs = kvm_xcrs {
+        nr_xcrs: 1,
+        ..Default::default()
+    };
+    xcrs.xcrs[0].value = 3;
+    vcpu.set_xcrs(&xcrs)
+        .map_err(failed("turning the processor's states on"))
 }
 
 /// Sets the registers as an operating system would have them: 64-bit code, paging, SSE and xsave on.
