@@ -214,6 +214,9 @@ pub struct NetworkSpec {
     pub backend: NetworkBackend,
     /// Address of the guest's side.
     pub mac: [u8; 6],
+    /// A guest that goes on from saved state tells the network its address unasked, for a network that
+    /// has not heard of it. It costs the guest work in its first instants.
+    pub announce: bool,
 }
 
 /// What a network interface is connected to.

@@ -178,6 +178,10 @@ impl Qemu {
             what: "a pipe for the device state",
             source,
         })?;
+        let announces = hardware
+            .network
+            .as_ref()
+            .is_some_and(|network| network.announce);
         let mut number = -1;
         let vm = self
             .spawn(hardware, peer, |command, _| {
@@ -189,6 +193,12 @@ impl Qemu {
         vm.control
             .execute("migrate-set-capabilities", capabilities, START_TIMEOUT)
             .await?;
+        if !announces {
+            let rounds = json!({ "announce-rounds": 0 });
+            vm.control
+                .execute("migrate-set-parameters", rounds, START_TIMEOUT)
+                .await?;
+        }
         Ok(QemuStandby {
             vm,
             incoming_number: number,

@@ -178,6 +178,7 @@ async fn user_network_publishes_ports_and_stream_network_is_connected() {
             ipv6: true,
         },
         mac: [0x52, 0x54, 0, 0xfc, 0, 0x0f],
+        announce: false,
     };
     let (mut taken, _console) = spec(kernel.clone());
     taken.hardware.network = Some(network(port));

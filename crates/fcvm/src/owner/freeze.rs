@@ -282,6 +282,8 @@ impl RunningVm {
                 let network = NetworkSpec {
                     backend: NetworkBackend::Stream(socket),
                     mac: self.network.mac,
+                    // The same network as before.
+                    announce: false,
                 };
                 (Some(id), Some(network))
             }

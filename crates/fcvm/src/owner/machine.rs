@@ -270,7 +270,14 @@ fn connect(
         record.network = shown.to_owned();
         record.resources.extend(helper);
     })?;
-    Ok((network, backend.map(|backend| NetworkSpec { backend, mac })))
+    // A network that has heard nothing of the guest yet cannot reach its published ports.
+    let announce = !spec.ports.is_empty();
+    let interface = backend.map(|backend| NetworkSpec {
+        backend,
+        mac,
+        announce,
+    });
+    Ok((network, interface))
 }
 
 fn open_root(spec: &VmSpec) -> anyhow::Result<File> {
