@@ -2,12 +2,13 @@
 //!
 //! What can be refused is refused before anything changed. An operation from a log may be anything; it fails with an error then.
 
-use crate::catalog::{Entry, EntryKind, check_name};
+use crate::catalog::{CHECKED, Entry, EntryKind, Origin, check_name};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK_BYTES, OBJECT_MAX_BYTES, RECORD_BLOCKS, RECORD_BYTES, Tree};
 use crate::metadata::Metadata;
 use crate::operation::Operation;
 use crate::page::{PageKind, SLOTS, Slot};
+use crate::sums::Row;
 
 /// Pages that a change of one leaf may take: the path to it, two copies each, and a higher root.
 const PATH_PAGES: u64 = 16;
@@ -72,6 +73,9 @@ impl Metadata {
             Operation::Rollback { object, snapshot } => self.rollback(*object, *snapshot),
             Operation::Remove { id } => self.remove(*id),
             Operation::Rename { id, parent, name } => self.rename(*id, *parent, name),
+            Operation::Options { id, options } => self.set_options(*id, *options),
+            Operation::Sums { record, map, sums } => self.set_sums(*record, *map, sums),
+            Operation::Origin { id, origin } => self.set_origin(*id, *origin),
         }
     }
 
@@ -119,6 +123,8 @@ impl Metadata {
             share_epoch: 0,
             created_epoch: self.epoch,
             created_unix_s: unix_s,
+            options: 0,
+            origin: Origin::default(),
         })
     }
 
@@ -330,6 +336,8 @@ impl Metadata {
             share_epoch: self.epoch,
             created_epoch: self.epoch,
             created_unix_s: 0,
+            options: 0,
+            origin: Origin::default(),
         });
     }
 
@@ -360,6 +368,41 @@ impl Metadata {
                 name: name.to_owned(),
                 ..entry
             });
+        }
+        Ok(())
+    }
+
+    fn set_options(&mut self, id: u64, options: u8) -> Result<()> {
+        if self.entry(id)?.kind != EntryKind::Dataset || options & !CHECKED != 0 {
+            return Err(damaged("something gets options that it cannot have"));
+        }
+        if let Some(entry) = self.catalog.get_mut(id) {
+            entry.options = options;
+        }
+        Ok(())
+    }
+
+    fn set_sums(&mut self, record: u64, map: u16, sums: &[u32]) -> Result<()> {
+        let is_data = self.allocator.contains_record(record)
+            && self.allocator.is_used(record * RECORD_BLOCKS);
+        if !is_data {
+            return Err(damaged("there are checksums of what holds no data"));
+        }
+        let mut row = Row::default();
+        let blocks = (0..row.len()).filter(|block| map >> block & 1 != 0);
+        for (block, sum) in blocks.zip(sums) {
+            row[block] = *sum;
+        }
+        self.add_sums(record, &row);
+        Ok(())
+    }
+
+    fn set_origin(&mut self, id: u64, origin: Origin) -> Result<()> {
+        if self.entry(id)?.kind != EntryKind::Snapshot {
+            return Err(damaged("something gets an origin that is no snapshot"));
+        }
+        if let Some(entry) = self.catalog.get_mut(id) {
+            entry.origin = origin;
         }
         Ok(())
     }

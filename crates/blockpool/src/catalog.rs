@@ -11,6 +11,7 @@ use crate::page::PAYLOAD;
 
 const ENTRY_BYTES: usize = 400;
 const NAME_OFFSET: usize = 72;
+const ORIGIN_OFFSET: usize = 328;
 /// The longest name.
 pub(crate) const NAME_MAX_BYTES: usize = 255;
 /// Entries of a leaf.
@@ -61,6 +62,38 @@ pub(crate) struct Entry {
     pub(crate) share_epoch: u64,
     pub(crate) created_epoch: u64,
     pub(crate) created_unix_s: i64,
+    /// [`CHECKED`], for a dataset.
+    pub(crate) options: u8,
+    /// Which snapshot of which pool it was received from; zeros when it was made here.
+    pub(crate) origin: Origin,
+}
+
+/// Option of a dataset: its objects are never written in place, and every block has a checksum.
+pub(crate) const CHECKED: u8 = 1;
+
+/// Names a snapshot among those of all pools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub(crate) struct Origin {
+    pub(crate) pool_id: [u8; 16],
+    pub(crate) id: u64,
+}
+
+impl Origin {
+    pub(crate) const BYTES: usize = 24;
+
+    pub(crate) fn encode(self, bytes: &mut [u8]) {
+        bytes[..16].copy_from_slice(&self.pool_id);
+        bytes[16..24].copy_from_slice(&self.id.to_le_bytes());
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Self {
+        let mut pool_id = [0; 16];
+        pool_id.copy_from_slice(&bytes[..16]);
+        Self {
+            pool_id,
+            id: read_uint(&bytes[16..24]),
+        }
+    }
 }
 
 impl Entry {
@@ -69,6 +102,7 @@ impl Entry {
         bytes[8] = self.kind as u8;
         bytes[9] = self.map.height;
         bytes[10] = self.name.len() as u8;
+        bytes[11] = self.options;
         bytes[16..24].copy_from_slice(&self.parent.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.size_bytes.to_le_bytes());
         self.map.root.encode(&mut bytes[32..48]);
@@ -76,6 +110,8 @@ impl Entry {
         bytes[56..64].copy_from_slice(&self.created_epoch.to_le_bytes());
         bytes[64..72].copy_from_slice(&self.created_unix_s.to_le_bytes());
         bytes[NAME_OFFSET..NAME_OFFSET + self.name.len()].copy_from_slice(self.name.as_bytes());
+        self.origin
+            .encode(&mut bytes[ORIGIN_OFFSET..ORIGIN_OFFSET + Origin::BYTES]);
     }
 
     /// None where the bytes are no entry; `Some(None)` where there is none.
@@ -98,9 +134,12 @@ impl Entry {
             share_epoch: read_uint(&bytes[48..56]),
             created_epoch: read_uint(&bytes[56..64]),
             created_unix_s: read_uint(&bytes[64..72]) as i64,
+            options: bytes[11],
+            origin: Origin::decode(&bytes[ORIGIN_OFFSET..ORIGIN_OFFSET + Origin::BYTES]),
         };
         let has_name = entry.kind != EntryKind::Dying;
         let good = entry.size_bytes <= OBJECT_MAX_BYTES
+            && entry.options & !CHECKED == 0
             && entry.map.height <= TREE_MAX_HEIGHT
             && has_name == check_name(&entry.name).is_ok();
         good.then_some(Some(entry))

@@ -38,7 +38,7 @@ pub enum PoolError {
     },
     /// Made by another version.
     #[error(
-        "the pool has format version {found}, this program reads version {}; use the program that made it",
+        "the pool has format version {found}, this program reads versions up to {}; use the program that made it",
         crate::layout::VERSION
     )]
     Version {

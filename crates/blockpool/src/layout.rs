@@ -2,8 +2,10 @@
 
 use crate::error::{PoolError, Result};
 
-/// The version of the format.
-pub const VERSION: u32 = 1;
+/// The version of the format that is written.
+pub const VERSION: u32 = 2;
+/// The oldest version that is read: it has no checksums of data and no options.
+const VERSION_MIN: u32 = 1;
 /// The unit of addresses.
 pub const BLOCK_BYTES: u64 = 4096;
 /// The unit in which objects get space.
@@ -177,7 +179,7 @@ impl Superblock {
             return Err(not_a_pool("the checksum of its superblock is wrong"));
         }
         let version = read_uint(&bytes[12..16]) as u32;
-        if version != VERSION {
+        if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(PoolError::Version { found: version });
         }
         let mut pool_id = [0; 16];
@@ -263,10 +265,10 @@ mod tests {
     #[test]
     fn another_version_is_named() {
         let mut bytes = Superblock::new([0; 16], 1 << 30).unwrap().encode();
-        bytes[12] = 2;
+        bytes[12] = 3;
         let checksum = crc32c::crc32c(&bytes[4..]);
         bytes[..4].copy_from_slice(&checksum.to_le_bytes());
         let error = Superblock::decode(&bytes).unwrap_err();
-        assert!(matches!(error, PoolError::Version { found: 2 }), "{error}");
+        assert!(matches!(error, PoolError::Version { found: 3 }), "{error}");
     }
 }

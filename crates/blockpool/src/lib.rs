@@ -12,6 +12,7 @@ mod catalog;
 mod check;
 mod disk;
 mod error;
+mod frozen;
 mod layout;
 mod log;
 mod map;
@@ -26,6 +27,7 @@ mod references;
 mod replay;
 mod scrub;
 mod space;
+mod sums;
 mod txg;
 
 pub use catalog::{ObjectId, check_name};
@@ -36,7 +38,7 @@ pub use layout::{
     BLOCK_BYTES, OBJECT_MAX_BYTES, POOL_MAX_BYTES, POOL_MIN_BYTES, RECORD_BYTES, VERSION,
 };
 pub use name::Name;
-pub use namespace::{Kind, Listed};
+pub use namespace::{DatasetOptions, Kind, Listed};
 pub use object::Object;
 pub use pool::Pool;
 pub use replay::parse_log;

@@ -58,6 +58,7 @@ impl Metadata {
             .filter(|record| !old_records.contains(record))
         {
             self.allocator.take_record(record);
+            self.forget_sums(record);
         }
         for record in old.records().filter(|record| !new_records.contains(record)) {
             self.release_record(record);

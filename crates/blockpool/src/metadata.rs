@@ -15,6 +15,7 @@ use crate::layout::{
 };
 use crate::page::{FANOUT, PAYLOAD, Page, PageKind};
 use crate::references::References;
+use crate::sums::Sums;
 
 /// A page of which one copy is damaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +41,7 @@ pub(crate) struct Metadata {
     pub(crate) records: References,
     pub(crate) pages: References,
     pub(crate) catalog: Catalog,
+    pub(crate) sums: Sums,
     pub(crate) trees: [Tree; TREE_COUNT],
     pub(crate) cache: HashMap<u64, Arc<Page>>,
     /// Pages that the next checkpoint writes, by address: they may be changed in memory.
@@ -56,9 +58,12 @@ pub(crate) fn span(level: u8) -> u64 {
     (FANOUT as u64).pow(u32::from(level))
 }
 
-/// Whether pages of a tree are kept twice: those from which everything else follows.
+/// Whether pages of a tree are kept twice: those that do not follow from others.
 fn is_kept_twice(leaf_kind: PageKind) -> bool {
-    matches!(leaf_kind, PageKind::Map | PageKind::Entries)
+    matches!(
+        leaf_kind,
+        PageKind::Map | PageKind::Entries | PageKind::Sums
+    )
 }
 
 impl Metadata {
@@ -232,7 +237,8 @@ impl Metadata {
                 }
             }
             Ok(Page::Raw { .. }) => {}
-            Err(_) => self.has_wrong_counts = true,
+            // A leaf of sums names nothing.
+            Err(_) => self.has_wrong_counts |= leaf_kind != PageKind::Sums || level > 0,
         }
         self.free_page(pointer);
     }
@@ -450,7 +456,8 @@ impl Metadata {
         let dirty_leaves = self.allocator.dirty_count()
             + self.records.dirty_count()
             + self.pages.dirty_count()
-            + 2 * self.catalog.dirty_count();
+            + 2 * self.catalog.dirty_count()
+            + 2 * self.sums.dirty_count();
         // A leaf takes its inner pages with it, and frees on the way dirty other leaves of the space map.
         4 + dirty_leaves as u64 * 4 / RECORD_BLOCKS
     }

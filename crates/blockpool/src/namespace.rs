@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::catalog::{Entry, EntryKind, ObjectId};
+use crate::catalog::{CHECKED, Entry, EntryKind, ObjectId};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK_BYTES, RECORD_BYTES, check_pool_size};
 use crate::metadata::Metadata;
@@ -39,6 +39,27 @@ pub struct Listed {
     pub size_bytes: u64,
     /// When it was made, in seconds since 1970.
     pub created_unix_s: i64,
+    /// What a dataset does with what its objects get; of an object or snapshot nothing is told.
+    pub options: DatasetOptions,
+}
+
+/// What a dataset does with what its objects get. Other data has checksums once it is shared and was read or scrubbed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DatasetOptions {
+    /// Every write goes to a new place and gets a checksum at once.
+    pub checksum: bool,
+}
+
+impl DatasetOptions {
+    fn from_byte(byte: u8) -> Self {
+        Self {
+            checksum: byte & CHECKED != 0,
+        }
+    }
+
+    fn to_byte(self) -> u8 {
+        if self.checksum { CHECKED } else { 0 }
+    }
 }
 
 fn now_unix_s() -> i64 {
@@ -135,6 +156,7 @@ impl Metadata {
             },
             size_bytes: entry.size_bytes,
             created_unix_s: entry.created_unix_s,
+            options: DatasetOptions::from_byte(entry.options),
         })
     }
 }
@@ -179,6 +201,26 @@ impl Pool {
             });
         }
         self.retry_when_full(|| self.create_entry(EntryKind::Dataset, |_| Ok(0), name.dataset(), 0))
+    }
+
+    /// Changes what a dataset does with what its objects get from now on.
+    ///
+    /// # Errors
+    ///
+    /// It does not exist, or the pool is out of order.
+    pub fn set_options(&self, dataset: &Name, options: DatasetOptions) -> Result<()> {
+        if dataset.object().is_some() || dataset.snapshot().is_some() {
+            return Err(PoolError::Name {
+                name: dataset.to_string(),
+                reason: "only datasets have options, and their names have no '/' and '@'",
+            });
+        }
+        let mut state = self.inner.state();
+        let id = state.metadata.dataset(dataset)?.id;
+        state.commit(&Operation::Options {
+            id,
+            options: options.to_byte(),
+        })
     }
 
     /// Makes an object of zeros.

@@ -3,9 +3,10 @@
 //! A write goes to its place if nobody else can see that place, else to a new record, and the slot is changed when the data
 //! is written. Writes to one record are ordered by its stripe; the map is only locked to look at it and to change it.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::catalog::{EntryKind, ObjectId};
+use crate::catalog::{CHECKED, EntryKind, ObjectId};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK, BLOCK_BYTES, RECORD, RECORD_BLOCKS, RECORD_BYTES};
 use crate::map::block_bits;
@@ -13,6 +14,7 @@ use crate::metadata::Metadata;
 use crate::operation::Operation;
 use crate::page::{RecordPointer, Slot};
 use crate::pool::{Inner, Pool};
+use crate::sums::{Row, put_sums, sum};
 
 /// An object or a snapshot of one, open. Clones are the same object.
 #[derive(Debug, Clone)]
@@ -32,6 +34,19 @@ struct Plan {
     new: Slot,
     /// Blocks that come over from the old slot.
     copied: u16,
+    /// What is written gets checksums.
+    is_checked: bool,
+}
+
+/// What is known of a block that is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Check {
+    /// It may be written in place, or is not read as a whole.
+    Nothing,
+    /// It has this checksum.
+    Sum(u32),
+    /// It never changes any more and has no checksum yet.
+    Make,
 }
 
 /// A piece of an object that is in one place.
@@ -39,6 +54,8 @@ struct Extent {
     /// Where on the disk; none for a hole.
     disk_offset_bytes: Option<u64>,
     length_bytes: usize,
+    /// One for each block that it touches.
+    checks: Vec<Check>,
 }
 
 /// Poisoning says that a thread panicked, not that what the gate guards is wrong: it guards an order.
@@ -95,13 +112,7 @@ impl Object {
         let mut rest = buffer;
         for extent in extents {
             let (piece, left) = rest.split_at_mut(extent.length_bytes);
-            match extent.disk_offset_bytes {
-                Some(offset_bytes) => inner
-                    .disk
-                    .read_at(piece, offset_bytes)
-                    .map_err(PoolError::io("read data"))?,
-                None => piece.fill(0),
-            }
+            inner.read_extent(piece, &extent)?;
             rest = left;
         }
         Ok(())
@@ -269,7 +280,11 @@ impl Metadata {
 
     /// Where a range is, in order; neighbours on the disk are one extent.
     fn extents(&mut self, id: u64, offset_bytes: u64, length_bytes: usize) -> Result<Vec<Extent>> {
-        let map = self.entry(id)?.map;
+        let entry = self.entry(id)?;
+        let (map, share_epoch) = (entry.map, entry.share_epoch);
+        let is_snapshot = entry.kind == EntryKind::Snapshot;
+        let makes_sums = self.has_room_for_sums();
+        let mut row = (0, Row::default());
         let mut extents: Vec<Extent> = Vec::new();
         let mut slot = (u64::MAX, Slot::default());
         let mut done = 0;
@@ -284,11 +299,30 @@ impl Metadata {
             let found = slot.1.find(block);
             let place = found.map(|record| record * RECORD_BYTES + block * BLOCK_BYTES + in_block);
             self.check_disk_place(place)?;
+            let own = slot.1.front;
+            let may_change = !is_snapshot && is_own(own, share_epoch);
+            let check = match found {
+                Some(record) if !may_change || record != own.record => {
+                    if row.0 != record {
+                        row = (record, self.sums_of(record));
+                    }
+                    match row.1[block as usize] {
+                        0 if makes_sums && length == BLOCK => Check::Make,
+                        0 => Check::Nothing,
+                        sum => Check::Sum(sum),
+                    }
+                }
+                _ => Check::Nothing,
+            };
             match extents.last_mut() {
-                Some(last) if last.is_followed_by(place) => last.length_bytes += length,
+                Some(last) if last.is_followed_by(place) => {
+                    last.length_bytes += length;
+                    last.checks.push(check);
+                }
                 _ => extents.push(Extent {
                     disk_offset_bytes: place,
                     length_bytes: length,
+                    checks: vec![check],
                 }),
             }
             done += length;
@@ -313,9 +347,11 @@ impl Metadata {
     /// Decides where blocks `bits` of a record of an object are written.
     fn plan(&mut self, id: u64, record_index: u64, bits: u16) -> Result<Plan> {
         let entry = self.entry(id)?;
-        let (map, share_epoch) = (entry.map, entry.share_epoch);
+        let (map, share_epoch, parent) = (entry.map, entry.share_epoch, entry.parent);
+        let dataset = self.catalog.get(parent);
+        let is_checked = dataset.is_some_and(|dataset| dataset.options & CHECKED != 0);
         let old = self.slot(map, record_index)?;
-        if is_own(old.front, share_epoch) {
+        if !is_checked && is_own(old.front, share_epoch) {
             self.check_disk_place(Some(old.front.record * RECORD_BYTES))?;
             let front = RecordPointer {
                 map: old.front.map | bits,
@@ -327,6 +363,7 @@ impl Metadata {
                 old,
                 new: Slot::normal(front, old.back),
                 copied: 0,
+                is_checked,
             });
         }
         let target = self.reserve_record()?;
@@ -344,8 +381,13 @@ impl Metadata {
         let written = RecordPointer {
             record: target,
             map: bits | copied,
-            is_shared: false,
+            is_shared: is_checked,
             birth: self.epoch,
+        };
+        // What has checksums stays as it is, also when the dataset has other options one day.
+        let kept = RecordPointer {
+            is_shared: kept.is_shared || (is_checked && !kept.is_null()),
+            ..kept
         };
         Ok(Plan {
             target,
@@ -353,12 +395,13 @@ impl Metadata {
             old,
             new: Slot::normal(written, kept),
             copied,
+            is_checked,
         })
     }
 }
 
 /// Whether nobody else can see the record of a front pointer.
-fn is_own(front: RecordPointer, share_epoch: u64) -> bool {
+pub(crate) fn is_own(front: RecordPointer, share_epoch: u64) -> bool {
     !front.is_null() && !front.is_shared && front.birth > share_epoch
 }
 
@@ -395,9 +438,10 @@ impl Inner {
             state.check_running()?;
             state.metadata.plan(id, record_index, bits)?
         };
+        let mut row = Row::default();
         let written = self
-            .copy_blocks(&plan)
-            .and_then(|()| self.write_blocks(&plan, at, bytes));
+            .copy_blocks(&plan, &mut row)
+            .and_then(|()| self.write_blocks(&plan, at, bytes, &mut row));
         if let Err(error) = written {
             self.give_up(&plan);
             return Err(error);
@@ -426,6 +470,65 @@ impl Inner {
                 .fresh
                 .insert(plan.target * RECORD_BLOCKS + block, stripe);
         }
+        if plan.is_checked {
+            let sums = row.iter().copied().filter(|sum| *sum != 0).collect();
+            let (record, map) = (plan.target, plan.new.front.map);
+            state.commit(&Operation::Sums { record, map, sums })?;
+        }
+        Ok(())
+    }
+
+    /// Reads what is in one place and compares it with what is known of it.
+    fn read_extent(&self, piece: &mut [u8], extent: &Extent) -> Result<()> {
+        let Some(offset_bytes) = extent.disk_offset_bytes else {
+            piece.fill(0);
+            return Ok(());
+        };
+        let read = |buffer: &mut [u8], offset_bytes| {
+            let result = self.disk.read_at(buffer, offset_bytes);
+            result.map_err(PoolError::io("read data"))
+        };
+        if extent.checks.iter().all(|check| *check == Check::Nothing) {
+            return read(piece, offset_bytes);
+        }
+        let first_block = offset_bytes / BLOCK_BYTES;
+        let before = (offset_bytes % BLOCK_BYTES) as usize;
+        let length = piece.len();
+        if before == 0 && length.is_multiple_of(BLOCK) {
+            read(piece, offset_bytes)?;
+            return self.check_blocks(piece, first_block, &extent.checks);
+        }
+        let mut whole = vec![0; (before + length).next_multiple_of(BLOCK)];
+        read(&mut whole, first_block * BLOCK_BYTES)?;
+        self.check_blocks(&whole, first_block, &extent.checks)?;
+        piece.copy_from_slice(&whole[before..before + length]);
+        Ok(())
+    }
+
+    /// Compares blocks with their checksums, and makes those that are missing.
+    fn check_blocks(&self, bytes: &[u8], first_block: u64, checks: &[Check]) -> Result<()> {
+        let mut made: BTreeMap<u64, Row> = BTreeMap::new();
+        for ((content, check), block) in bytes.chunks(BLOCK).zip(checks).zip(first_block..) {
+            match check {
+                Check::Nothing => {}
+                Check::Sum(expected) if sum(content) == *expected => {}
+                Check::Sum(_) => {
+                    return Err(PoolError::Damaged {
+                        what: format!("the data in block {block} is not what was written there"),
+                    });
+                }
+                Check::Make => {
+                    let row = made.entry(block / RECORD_BLOCKS).or_default();
+                    row[(block % RECORD_BLOCKS) as usize] = sum(content);
+                }
+            }
+        }
+        if !made.is_empty() {
+            let mut state = self.state();
+            for (record, row) in &made {
+                state.metadata.add_sums(*record, row);
+            }
+        }
         Ok(())
     }
 
@@ -441,9 +544,10 @@ impl Inner {
         }
     }
 
-    fn copy_blocks(&self, plan: &Plan) -> Result<()> {
+    fn copy_blocks(&self, plan: &Plan, row: &mut Row) -> Result<()> {
         for block in (0..RECORD_BLOCKS).filter(|block| plan.copied >> block & 1 != 0) {
             let content = self.old_block(plan, block)?;
+            put_sums(row, block as usize, &content);
             self.write_data(&content, plan.target, block as usize * BLOCK)?;
         }
         Ok(())
@@ -453,9 +557,19 @@ impl Inner {
     fn old_block(&self, plan: &Plan, block: u64) -> Result<Vec<u8>> {
         let mut content = vec![0; BLOCK];
         if let Some(record) = plan.old.find(block) {
-            self.disk
-                .read_at(&mut content, record * RECORD_BYTES + block * BLOCK_BYTES)
-                .map_err(PoolError::io("read data"))?;
+            // What is damaged must not get a new place and a right checksum.
+            let known = self.state().metadata.sums_of(record)[block as usize];
+            let check = if known == 0 {
+                Check::Nothing
+            } else {
+                Check::Sum(known)
+            };
+            let extent = Extent {
+                disk_offset_bytes: Some(record * RECORD_BYTES + block * BLOCK_BYTES),
+                length_bytes: BLOCK,
+                checks: vec![check],
+            };
+            self.read_extent(&mut content, &extent)?;
         }
         Ok(content)
     }
@@ -467,7 +581,7 @@ impl Inner {
     }
 
     /// Writes the bytes; a block that is not in the target yet is written as a whole.
-    fn write_blocks(&self, plan: &Plan, at: usize, bytes: &[u8]) -> Result<()> {
+    fn write_blocks(&self, plan: &Plan, at: usize, bytes: &[u8], row: &mut Row) -> Result<()> {
         let end = at + bytes.len();
         let is_there = |block: usize| !plan.is_new && plan.old.front.map >> block & 1 != 0;
         let first_block = at / BLOCK;
@@ -475,6 +589,9 @@ impl Inner {
         let fills_first = !at.is_multiple_of(BLOCK) && !is_there(first_block);
         let fills_last = !end.is_multiple_of(BLOCK) && !is_there(last_block);
         if !fills_first && !fills_last {
+            if plan.is_checked {
+                put_sums(row, first_block, bytes);
+            }
             return self.write_data(bytes, plan.target, at);
         }
         let mut whole = Vec::with_capacity(bytes.len() + 2 * BLOCK);
@@ -487,6 +604,9 @@ impl Inner {
         if fills_last {
             let rest = &self.old_block(plan, last_block as u64)?[end - last_block * BLOCK..];
             whole.extend_from_slice(rest);
+        }
+        if plan.is_checked {
+            put_sums(row, first_block, &whole);
         }
         self.write_data(&whole, plan.target, start)
     }

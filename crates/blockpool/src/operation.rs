@@ -2,7 +2,7 @@
 //!
 //! There is no other way to change what an object holds: what is done and what is replayed is the same code, `apply`.
 
-use crate::catalog::{EntryKind, NAME_MAX_BYTES};
+use crate::catalog::{EntryKind, NAME_MAX_BYTES, Origin};
 use crate::layout::read_uint;
 use crate::page::Slot;
 
@@ -57,6 +57,20 @@ pub(crate) enum Operation {
         id: u64,
         parent: u64,
         name: String,
+    },
+    Options {
+        id: u64,
+        options: u8,
+    },
+    /// The sums of the blocks of `map`, in their order.
+    Sums {
+        record: u64,
+        map: u16,
+        sums: Vec<u32>,
+    },
+    Origin {
+        id: u64,
+        origin: Origin,
     },
 }
 
@@ -130,6 +144,20 @@ impl Operation {
             Self::Rename { id, parent, name } => {
                 writer.byte(9).number(*id).number(*parent).name(name);
             }
+            Self::Options { id, options } => {
+                writer.byte(10).number(*id).byte(*options);
+            }
+            Self::Sums { record, map, sums } => {
+                writer.byte(11).number(*record).bytes(&map.to_le_bytes());
+                for sum in sums {
+                    writer.bytes(&sum.to_le_bytes());
+                }
+            }
+            Self::Origin { id, origin } => {
+                let mut encoded = [0; Origin::BYTES];
+                origin.encode(&mut encoded);
+                writer.byte(12).number(*id).bytes(&encoded);
+            }
         }
     }
 
@@ -186,6 +214,21 @@ impl Operation {
                 parent: reader.number()?,
                 name: reader.name()?,
             },
+            10 => Self::Options {
+                id: reader.number()?,
+                options: reader.byte()?,
+            },
+            11 => {
+                let record = reader.number()?;
+                let map = read_uint(reader.take(2)?) as u16;
+                let sums = reader.take(4 * map.count_ones() as usize)?;
+                let sums = sums.chunks(4).map(|sum| read_uint(sum) as u32).collect();
+                Self::Sums { record, map, sums }
+            }
+            12 => Self::Origin {
+                id: reader.number()?,
+                origin: Origin::decode(reader.take(Origin::BYTES)?),
+            },
             _ => return None,
         })
     }
@@ -196,6 +239,11 @@ struct Writer<'a>(&'a mut Vec<u8>);
 impl Writer<'_> {
     fn byte(&mut self, byte: u8) -> &mut Self {
         self.0.push(byte);
+        self
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
+        self.0.extend_from_slice(bytes);
         self
     }
 
@@ -304,6 +352,19 @@ mod tests {
             },
             Operation::Remove { id },
             Operation::Rename { id, parent, name },
+            Operation::Options { id, options: 1 },
+            Operation::Sums {
+                record: 7,
+                map: 0b101,
+                sums: vec![1, u32::MAX],
+            },
+            Operation::Origin {
+                id,
+                origin: Origin {
+                    pool_id: [6; 16],
+                    id: 3,
+                },
+            },
         ]
     }
 

@@ -18,6 +18,7 @@ use crate::metadata::{Metadata, leaf_kind, span};
 use crate::operation::Operation;
 use crate::page::PAYLOAD;
 use crate::references::References;
+use crate::sums::Sums;
 use crate::txg::{LogPosition, Pending};
 
 /// Locks that order writes to one record of an object.
@@ -192,6 +193,7 @@ impl Pool {
             records: References::default(),
             pages: References::default(),
             catalog: Catalog::default(),
+            sums: Sums::default(),
             trees: superblock.trees,
             cache: HashMap::new(),
             dirty: HashMap::new(),

@@ -3,10 +3,12 @@
 use std::collections::HashSet;
 
 use crate::error::{PoolError, Result};
-use crate::layout::{BLOCK_BYTES, PagePointer, RECORD_BYTES, TREE_COUNT, Tree, TreeName};
+use crate::layout::{
+    BLOCK, BLOCK_BYTES, PagePointer, RECORD_BYTES, Superblock, TREE_COUNT, Tree, TreeName,
+};
 use crate::metadata::{Metadata, leaf_kind, span};
 use crate::page::{Page, PageKind, SLOTS};
-use crate::pool::Pool;
+use crate::pool::{Pool, lock};
 
 /// A range of an object that cannot be read any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +28,10 @@ pub struct Lost {
 pub struct ScrubReport {
     /// Pages that were read, each copy counted.
     pub page_copies: u64,
+    /// Blocks of data that were read: those that are not written in place any more.
+    pub data_blocks: u64,
+    /// Those of them that had no checksum and have one now.
+    pub new_sums: u64,
     /// Copies that were damaged and are whole again.
     pub repaired_copies: u64,
     /// What is lost.
@@ -39,10 +45,15 @@ pub struct ScrubReport {
 struct Progress {
     seen: HashSet<u64>,
     report: ScrubReport,
+    /// Level and first leaf of pages of sums that are lost.
+    lost_sums: Vec<(u8, u64)>,
 }
 
 impl Pool {
-    /// Reads both copies of every page. `tell` gets the number of copies read until now.
+    /// Reads both copies of every superblock and page, and all data that is not written in place any more. `tell` gets the number of
+    /// blocks read until now.
+    ///
+    /// Shared data that has no checksum yet gets one, of what it is now.
     ///
     /// # Errors
     ///
@@ -51,6 +62,7 @@ impl Pool {
         // What is only in memory has no copies yet.
         self.checkpoint()?;
         let mut progress = Progress::default();
+        self.scrub_superblocks(&mut progress.report)?;
         let (trees, maps) = {
             let state = self.inner.state();
             let metadata = &state.metadata;
@@ -77,7 +89,51 @@ impl Pool {
             drop(state);
             tell(progress.report.page_copies);
         }
-        Ok(progress.report)
+        let mut report = progress.report;
+        self.scrub_data(&mut report, tell)?;
+        if report.new_sums > 0 {
+            self.checkpoint()?;
+        }
+        Ok(report)
+    }
+
+    /// Makes damaged copies of the last two superblocks whole.
+    fn scrub_superblocks(&self, report: &mut ScrubReport) -> Result<()> {
+        let position = lock(&self.inner.log);
+        for txg in [position.txg, position.txg + 1] {
+            let mut good = None;
+            let mut bad = Vec::new();
+            for offset_bytes in Superblock::offsets_bytes(txg) {
+                let mut bytes = vec![0; BLOCK];
+                report.page_copies += 1;
+                let read = self.inner.disk.read_at(&mut bytes, offset_bytes);
+                // The other superblock of a new pool was never written.
+                let is_empty = read.is_ok() && bytes.iter().all(|byte| *byte == 0);
+                if read.is_ok() && Superblock::decode(&bytes).is_ok() {
+                    good = Some(bytes);
+                } else if !is_empty || txg == position.txg {
+                    bad.push(offset_bytes);
+                }
+            }
+            match good {
+                Some(bytes) => {
+                    for offset_bytes in bad {
+                        self.inner
+                            .disk
+                            .write_at(&bytes, offset_bytes)
+                            .map_err(PoolError::io("repair a superblock"))?;
+                        report.repaired_copies += 1;
+                    }
+                }
+                None if bad.is_empty() => {}
+                None => report.problems.push(format!(
+                    "both copies of the superblock in blocks {} and {} are damaged; the next checkpoint but one writes them",
+                    bad[0] / BLOCK_BYTES,
+                    bad[1] / BLOCK_BYTES
+                )),
+            }
+        }
+        Ok(())
     }
 
     fn scrub_trees(&self, trees: [Tree; TREE_COUNT], progress: &mut Progress) -> Result<()> {
@@ -95,6 +151,14 @@ impl Pool {
             state
                 .metadata
                 .scrub_below(tree.root, kind, (tree.height, 0), None, progress)?;
+        }
+        for (level, leaf) in std::mem::take(&mut progress.lost_sums) {
+            // The data is there; it is read without being verified this time, and gets new sums.
+            if level > 0 {
+                state.metadata.drop_sums_tree();
+                break;
+            }
+            state.metadata.set_leaf(TreeName::Sums, leaf, None)?;
         }
         Ok(())
     }
@@ -121,6 +185,9 @@ impl Metadata {
             Ok(page) => page,
             Err(error) => {
                 note_loss(&mut progress.report, owner, (level, first_leaf), &error);
+                if kind == PageKind::Sums {
+                    progress.lost_sums.push((level, first_leaf));
+                }
                 return Ok(());
             }
         };

@@ -289,6 +289,7 @@ impl Metadata {
             self.set_leaf(TreeName::Entries, leaf, payload)?;
             self.catalog.set_clean(leaf);
         }
+        self.store_sums()?;
         while let Some(leaf) = self.records.first_dirty() {
             let payload = self.records.save_leaf(leaf);
             self.set_leaf(TreeName::RecordReferences, leaf, payload)?;

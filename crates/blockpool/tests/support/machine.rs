@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use blockpool::{Fault, Name, Pool, PoolError, RECORD_BYTES, SimulatedDisk};
+use blockpool::{DatasetOptions, Fault, Name, Pool, PoolError, RECORD_BYTES, SimulatedDisk};
 
 use super::model::{BLOCK, Model, SECTOR, Thing, find_wrong};
 
@@ -196,7 +196,7 @@ impl Machine {
     /// Does one step.
     pub(crate) fn step(&mut self, step: Step) {
         self.steps_done += 1;
-        let is_flushed = match step.kind % 32 {
+        let is_flushed = match step.kind % 34 {
             0 | 1 => self.create(step),
             2..=10 => self.write(step),
             11..=13 => self.rewrite(step),
@@ -210,6 +210,8 @@ impl Machine {
             25 => self.rename(step),
             26 => self.reopen(),
             27 => self.checkpoint(),
+            28 => self.scrub(),
+            29 => self.set_options(step),
             _ => self.flush(),
         };
         self.note(is_flushed);
@@ -612,6 +614,27 @@ impl Machine {
     fn checkpoint(&mut self) -> bool {
         let result = self.pool().checkpoint();
         self.allow(result).is_some()
+    }
+
+    /// Everything that is frozen is what it was; what has no checksum gets one.
+    fn scrub(&mut self) -> bool {
+        let result = self.pool().scrub(|_| ());
+        if let Some(report) = self.allow(result)
+            && !self.has_faults
+        {
+            assert_eq!((report.lost, report.problems), (Vec::new(), Vec::new()));
+            assert_eq!(report.repaired_copies, 0);
+        }
+        false
+    }
+
+    fn set_options(&mut self, step: Step) -> bool {
+        let options = DatasetOptions {
+            checksum: step.a.is_multiple_of(2),
+        };
+        let result = self.pool().set_options(&name("d"), options);
+        let _ = self.allow(result);
+        false
     }
 
     fn flush(&mut self) -> bool {

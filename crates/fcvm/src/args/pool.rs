@@ -28,6 +28,15 @@ pub(crate) struct PoolArguments {
     pub(crate) command: PoolCommand,
 }
 
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
 /// The verbs of `fcvm pool`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum PoolCommand {
@@ -97,6 +106,14 @@ pub(crate) enum PoolCommand {
         /// Names
         #[arg(required = true)]
         names: Vec<String>,
+    },
+    /// Change what a dataset does with what is written from now on
+    Set {
+        /// Dataset
+        dataset: String,
+        /// Never write in place, and give every block a checksum at once
+        #[arg(long, value_enum)]
+        checksum: Switch,
     },
     /// Read everything that has a checksum, repair what can be repaired, list what is lost
     Scrub {

@@ -7,14 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use blockpool::{FileDisk, Kind, Listed, Name, Object, ObjectSpace, Pool, PoolError};
+use blockpool::{
+    DatasetOptions, FileDisk, Kind, Listed, Name, Object, ObjectSpace, Pool, PoolError,
+};
 use fcvm_image::progress::Progress;
 use fcvm_types::ByteSize;
 use rustix::fs::SeekFrom;
 use serde_json::json;
 
 use crate::args::Format;
-use crate::args::pool::{PoolArguments, PoolCommand};
+use crate::args::pool::{PoolArguments, PoolCommand, Switch};
 use crate::context::Context;
 use crate::errors::{EXIT_FCVM_FAILED, printable};
 use crate::output::{age, table, timestamp};
@@ -53,6 +55,14 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
             println!("{name}: {}", objects(count));
         }
         PoolCommand::Destroy { recursive, names } => destroy(&open(&path)?, &names, recursive)?,
+        PoolCommand::Set { dataset, checksum } => {
+            let pool = open(&path)?;
+            let options = DatasetOptions {
+                checksum: checksum == Switch::On,
+            };
+            pool.set_options(&dataset.parse()?, options)?;
+            pool.flush()?;
+        }
         PoolCommand::Scrub { format } => return scrub(&open(&path)?, format),
         PoolCommand::Check { repair, format } => return check(&path, repair, format),
     }
@@ -229,7 +239,7 @@ fn created(entry: &Listed) -> Option<time::OffsetDateTime> {
 }
 
 fn row_json(entry: &Listed, space: &ObjectSpace) -> serde_json::Value {
-    json!({
+    let mut row = json!({
         "name": entry.name,
         "kind": kind_name(entry.kind),
         "size_bytes": entry.size_bytes,
@@ -237,7 +247,11 @@ fn row_json(entry: &Listed, space: &ObjectSpace) -> serde_json::Value {
         "exclusive_bytes": space.exclusive_bytes,
         "written_bytes": space.written_bytes,
         "created_at": created(entry).map(timestamp),
-    })
+    });
+    if entry.kind == Kind::Dataset {
+        row["checksum"] = entry.options.checksum.into();
+    }
+    row
 }
 
 fn destroy(pool: &Pool, names: &[String], recursive: bool) -> anyhow::Result<()> {
@@ -395,11 +409,14 @@ fn scrub(pool: &Pool, format: Format) -> anyhow::Result<u8> {
     let progress = Shown::new(false);
     let task = progress.start("scrub", None);
     let mut told = 0;
-    let report = pool.scrub(|page_copies| {
-        task.advance((page_copies - told) * blockpool::BLOCK_BYTES);
-        told = page_copies;
+    let report = pool.scrub(|blocks| {
+        task.advance((blocks - told) * blockpool::BLOCK_BYTES);
+        told = blocks;
     })?;
-    task.finish(&format!("{} pages of metadata read", report.page_copies));
+    task.finish(&format!(
+        "{} pages of metadata and {} of shared data read",
+        report.page_copies, report.data_blocks
+    ));
     if format == Format::Json {
         let lost: Vec<_> = report
             .lost
@@ -413,11 +430,17 @@ fn scrub(pool: &Pool, format: Format) -> anyhow::Result<u8> {
             .collect();
         let value = json!({
             "page_copies": report.page_copies, "repaired_copies": report.repaired_copies,
+            "data_blocks": report.data_blocks, "new_sums": report.new_sums,
             "lost": lost, "problems": report.problems,
         });
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
-        println!("{} damaged copies repaired", report.repaired_copies);
+        println!(
+            "{} damaged copies repaired, {} blocks verified, {} got their first checksum",
+            report.repaired_copies,
+            report.data_blocks - report.new_sums,
+            report.new_sums
+        );
         for lost in &report.lost {
             println!(
                 "lost: {} bytes at {} of '{}': {}",
