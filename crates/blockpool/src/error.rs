@@ -136,6 +136,28 @@ pub enum PoolError {
         /// What hangs on it.
         what: &'static str,
     },
+    /// A stream that cannot be received.
+    #[error("cannot receive the stream: {what}")]
+    Stream {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A stream of another version.
+    #[error(
+        "the stream has format version {found}, this program reads version {known}; send it with the same program"
+    )]
+    StreamVersion {
+        /// Its version.
+        found: u32,
+        /// The version that is read.
+        known: u32,
+    },
+    /// A text that is no token.
+    #[error("'{token}' is no token; 'fcvm pool receive --list' shows those of this pool")]
+    Token {
+        /// The text.
+        token: String,
+    },
     /// More references than can be counted.
     #[error("a block has more references than can be counted; copy in place of cloning")]
     TooManyReferences,

@@ -27,6 +27,7 @@ mod references;
 mod replay;
 mod scrub;
 mod space;
+mod stream;
 mod sums;
 mod txg;
 
@@ -44,3 +45,4 @@ pub use pool::Pool;
 pub use replay::parse_log;
 pub use scrub::{Lost, ScrubReport};
 pub use space::{ObjectSpace, PoolSpace};
+pub use stream::{Partial, Received, Sent};

@@ -27,6 +27,15 @@ impl Name {
         self.object.as_deref()
     }
 
+    /// The same thing at another snapshot.
+    pub(crate) fn at_snapshot(&self, snapshot: &str) -> Result<Self, PoolError> {
+        check_name(snapshot)?;
+        Ok(Self {
+            snapshot: Some(snapshot.to_owned()),
+            ..self.clone()
+        })
+    }
+
     /// The snapshot, where one is named.
     #[must_use]
     pub fn snapshot(&self) -> Option<&str> {

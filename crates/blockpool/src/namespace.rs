@@ -86,7 +86,7 @@ fn object_name(name: &Name) -> Result<&str> {
 }
 
 impl Metadata {
-    fn dataset(&self, name: &Name) -> Result<&Entry> {
+    pub(crate) fn dataset(&self, name: &Name) -> Result<&Entry> {
         let found = self.catalog.find(0, name.dataset());
         found.ok_or_else(|| PoolError::NotFound {
             name: name.dataset().to_owned(),
@@ -125,7 +125,7 @@ impl Metadata {
     }
 
     /// Pairs of an object and its snapshot of the name's.
-    fn snapshots(&self, name: &Name) -> Result<Vec<(u64, u64)>> {
+    pub(crate) fn snapshots(&self, name: &Name) -> Result<Vec<(u64, u64)>> {
         let Some(snapshot) = name.snapshot() else {
             return Err(PoolError::Name {
                 name: name.to_string(),
@@ -524,7 +524,11 @@ impl Pool {
     }
 
     /// Does something while no write to these objects is on its way.
-    fn with_gates<T>(&self, ids: &[u64], work: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+    pub(crate) fn with_gates<T>(
+        &self,
+        ids: &[u64],
+        work: impl FnOnce(&mut State) -> Result<T>,
+    ) -> Result<T> {
         let mut ids = ids.to_vec();
         ids.sort_unstable();
         ids.dedup();

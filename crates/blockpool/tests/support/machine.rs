@@ -2,10 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockpool::{DatasetOptions, Fault, Name, Pool, PoolError, RECORD_BYTES, SimulatedDisk};
 
 use super::model::{BLOCK, Model, SECTOR, Thing, find_wrong};
+
+/// Streams that were sent, received and compared.
+pub(crate) static TRANSFERS: AtomicU64 = AtomicU64::new(0);
 
 /// One step, whatever the numbers mean in the state in which it is done.
 #[derive(Debug, Clone, Copy)]
@@ -196,7 +200,7 @@ impl Machine {
     /// Does one step.
     pub(crate) fn step(&mut self, step: Step) {
         self.steps_done += 1;
-        let is_flushed = match step.kind % 34 {
+        let is_flushed = match step.kind % 36 {
             0 | 1 => self.create(step),
             2..=10 => self.write(step),
             11..=13 => self.rewrite(step),
@@ -212,6 +216,7 @@ impl Machine {
             27 => self.checkpoint(),
             28 => self.scrub(),
             29 => self.set_options(step),
+            30 => self.transfer(step),
             _ => self.flush(),
         };
         self.note(is_flushed);
@@ -637,6 +642,96 @@ impl Machine {
         false
     }
 
+    /// Sends snapshots to another dataset of the pool, with a stream that is cut, one that goes on, and a difference where there is an
+    /// older snapshot; compares, and removes them again.
+    fn transfer(&mut self, step: Step) -> bool {
+        let names = self.model.snapshots.keys();
+        let Some((_, snapshot)) = names.clone().nth(step.a as usize % names.len().max(1)) else {
+            return false;
+        };
+        let sent: BTreeMap<&str, Arc<Thing>> = self
+            .model
+            .snapshots
+            .iter()
+            .filter(|((_, name), _)| name == snapshot)
+            .map(|((object, _), thing)| (object.as_str(), Arc::clone(thing)))
+            .collect();
+        let result = self.transfer_to(&format!("d@{snapshot}"), step, |pool| {
+            for (object, thing) in &sent {
+                for text in [format!("r/{object}"), format!("r/{object}@{snapshot}")] {
+                    let bytes = read_thing(pool, &text)?;
+                    assert!(bytes == thing.read(), "'{text}' is not what was sent");
+                }
+            }
+            Ok(())
+        });
+        let _ = self.allow(result);
+        // What a crash or a fault left is removed with the next transfer.
+        let result = remove_transfers(self.pool());
+        let _ = self.allow(result);
+        false
+    }
+
+    fn transfer_to(
+        &self,
+        snapshot: &str,
+        step: Step,
+        compare: impl Fn(&Pool) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
+        let pool = self.pool();
+        remove_transfers(pool)?;
+        let target = name("r");
+        let mut stream = Vec::new();
+        pool.send(&name(snapshot), None, None, &mut stream, |_| ())?;
+        if step.b.is_multiple_of(2) {
+            let cut = step.c as usize % stream.len();
+            let result = pool.receive(Some(&target), false, &mut &stream[..cut], |_| ());
+            match result {
+                Err(PoolError::Stream { .. }) => {}
+                Err(error) => return Err(error),
+                Ok(_) => panic!("a stream without its end was received"),
+            }
+            let partial = pool.partial_receives()?;
+            let token = partial.first().map(|partial| partial.token.as_str());
+            stream.clear();
+            let sent = pool.send(&name(snapshot), None, token, &mut stream, |_| ())?;
+            assert_eq!(sent.stale_token, None);
+        }
+        pool.receive(Some(&target), false, &mut &stream[..], |_| ())?;
+        compare(pool)?;
+        TRANSFERS.fetch_add(1, Ordering::SeqCst);
+        if !step.b.is_multiple_of(3) {
+            return Ok(());
+        }
+        // What is sent back as a difference to itself changes nothing.
+        let objects = pool.list(Some(&target))?.into_iter();
+        for entry in objects.filter(|entry| entry.kind == blockpool::Kind::Object) {
+            let object = pool.open_object(&name(&entry.name))?;
+            let length = entry.size_bytes.min(5000);
+            object.write_at(
+                &vec![step.c as u8; length as usize],
+                entry.size_bytes - length,
+            )?;
+            object.punch_hole(0, entry.size_bytes / 3)?;
+        }
+        pool.snapshot(&name("r@next"))?;
+        let changed = pool.list(Some(&target))?;
+        let from = snapshot.split_once('@').map(|(_, from)| from);
+        stream.clear();
+        pool.send(&name("r@next"), from, None, &mut stream, |_| ())?;
+        let copy = name("r2");
+        let mut first = Vec::new();
+        pool.send(&name(snapshot), None, None, &mut first, |_| ())?;
+        pool.receive(Some(&copy), false, &mut &first[..], |_| ())?;
+        pool.receive(Some(&copy), false, &mut &stream[..], |_| ())?;
+        for entry in changed.into_iter().filter(|entry| entry.name.contains('@')) {
+            let other = entry.name.replacen("r/", "r2/", 1);
+            let (here, there) = (read_thing(pool, &entry.name)?, read_thing(pool, &other)?);
+            assert!(here == there, "'{other}' differs");
+        }
+        Ok(())
+    }
+
     fn flush(&mut self) -> bool {
         let result = self.pool().flush();
         self.allow(result).is_some()
@@ -700,6 +795,7 @@ impl Machine {
                 "'{full}' is wrong after a crash at event {events}"
             );
         }
+        verify_transfers(&pool);
         verify_accounting(&pool);
         (left, pool)
     }
@@ -717,6 +813,37 @@ impl Machine {
     pub(crate) fn set_fault(&mut self, fault: Option<Fault>) {
         self.has_faults |= fault.is_some();
         self.disk.set_fault(fault);
+    }
+}
+
+/// What an object or snapshot holds.
+fn read_thing(pool: &Pool, text: &str) -> Result<Vec<u8>, PoolError> {
+    let object = pool.open_object(&name(text))?;
+    let mut bytes = vec![0xee; object.size_bytes()? as usize];
+    object.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Removes what transfers left.
+fn remove_transfers(pool: &Pool) -> Result<(), PoolError> {
+    for entry in pool.list(None)? {
+        let is_left = entry.kind == blockpool::Kind::Dataset && entry.name != "d";
+        if is_left {
+            pool.destroy(&name(&entry.name), true)?;
+        }
+    }
+    Ok(())
+}
+
+/// A transfer that a crash ended is whole, or is not there: each object has its snapshot and is what that is.
+fn verify_transfers(pool: &Pool) {
+    let Ok(listed) = pool.list(Some(&name("r"))) else {
+        return;
+    };
+    for entry in listed.into_iter().filter(|entry| entry.name.contains('/')) {
+        let object = pool.open_object(&name(&entry.name)).expect("it is listed");
+        let mut bytes = vec![0; entry.size_bytes as usize];
+        object.read_at(&mut bytes, 0).expect("it is whole");
     }
 }
 

@@ -1,9 +1,11 @@
 //! One round of the proof: steps from a seed, perhaps a disk that fails, then crashes, then going on.
 
+use std::sync::atomic::Ordering;
+
 use blockpool::{CrashChoice, Fault};
 
 use super::Numbers;
-use super::machine::Machine;
+use super::machine::{Machine, TRANSFERS};
 
 /// What was tried.
 #[derive(Debug, Clone, Copy, Default)]
@@ -12,6 +14,7 @@ pub(crate) struct Tried {
     pub(crate) steps: u64,
     pub(crate) crashes: u64,
     pub(crate) faults: u64,
+    pub(crate) transfers: u64,
 }
 
 pub(crate) fn choice(numbers: &mut Numbers) -> CrashChoice {
@@ -78,5 +81,6 @@ pub(crate) fn round(seed: u64, tried: &mut Tried) {
         run(&mut machine, &mut numbers, steps, tried);
         machine.verify();
     }
+    tried.transfers = TRANSFERS.load(Ordering::SeqCst);
     tried.rounds += 1;
 }
