@@ -152,6 +152,14 @@ pub enum PoolError {
         /// The version that is read.
         known: u32,
     },
+    /// A receive that can go on.
+    #[error("{reason}; to go on, send it again with --resume {token}")]
+    Interrupted {
+        /// What stopped it.
+        reason: Box<PoolError>,
+        /// What the sender needs to go on.
+        token: String,
+    },
     /// A text that is no token.
     #[error("'{token}' is no token; 'fcvm pool receive --list' shows those of this pool")]
     Token {
@@ -164,6 +172,15 @@ pub enum PoolError {
 }
 
 impl PoolError {
+    /// What stopped a receive; other failures are what they are.
+    #[must_use]
+    pub fn reason(&self) -> &Self {
+        match self {
+            Self::Interrupted { reason, .. } => reason,
+            other => other,
+        }
+    }
+
     /// Makes the failure of `action` on the pool's disk; a full disk is told apart from others by its text.
     pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, source }

@@ -283,7 +283,10 @@ fn a_stream_that_is_cut_anywhere_is_refused_and_goes_on_with_its_token() {
     for cut in cuts.into_iter().filter(|cut| *cut < stream.len()) {
         let (disk, to) = new_pool(16 << 20, 2);
         let error = receive(&to, &stream[..cut]).unwrap_err();
-        assert!(matches!(error, PoolError::Stream { .. }), "{cut}: {error}");
+        assert!(
+            matches!(error.reason(), PoolError::Stream { .. }),
+            "{cut}: {error}"
+        );
         assert_eq!(listing(&to), [], "at {cut}");
         verify_accounting(&to);
         // What is left survives a crash.
@@ -322,7 +325,7 @@ fn no_changed_bit_of_a_stream_is_overlooked() {
         let error = receive(&to, &changed).unwrap_err();
         assert!(
             matches!(
-                error,
+                error.reason(),
                 PoolError::Stream { .. } | PoolError::StreamVersion { .. }
             ),
             "at {at}: {error}"
@@ -385,7 +388,8 @@ fn another_version_and_what_is_no_stream_are_named() {
         assert_eq!(found, version);
     }
     for bytes in [&b""[..], b"hello", &[0; 100], &[0xff; 5000]] {
-        assert!(matches!(receive(&to, bytes), Err(PoolError::Stream { .. })));
+        let error = receive(&to, bytes).unwrap_err();
+        assert!(matches!(error, PoolError::Stream { .. }), "{error}");
     }
     assert_eq!(to.list(None).unwrap(), []);
 }

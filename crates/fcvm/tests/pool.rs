@@ -204,6 +204,108 @@ fn damage_is_found_named_and_repaired() {
 }
 
 #[test]
+fn snapshots_travel_through_files_and_pipes_and_go_on_after_a_cut() {
+    let (from, to) = (Lab::new(), Lab::new());
+    fs::write(from.path("disk"), disk(1)).unwrap();
+    from.must(&["import", &from.text("disk"), "vms/base"]);
+    from.must(&["clone", "vms/base", "vms/web"]);
+    from.must(&["snapshot", "vms@monday"]);
+    let file = from.text("stream");
+    let said = from.json(&["send", "vms@monday", "--output", &file]);
+    assert_eq!(said["objects"], 2);
+    let bytes = fs::read(&file).unwrap();
+    assert!(bytes.len() < 400_000, "two disks with the same 300 kB");
+    assert!(
+        from.fails(&["send", "vms@monday", "--output", &file])
+            .contains("cannot write")
+    );
+    fs::write(&file, &bytes[..bytes.len() - 9]).unwrap();
+    let line = to.fails(&["receive", "--input", &file]);
+    let token = line.rsplit(' ').next().unwrap();
+    let listed = to.json(&["receive", "--list"]);
+    assert_eq!(listed[0]["token"], token);
+    assert!(to.fails(&["ls", "vms"]).contains("does not exist"));
+    fs::remove_file(&file).unwrap();
+    from.must(&["send", "vms@monday", "--resume", token, "--output", &file]);
+    let said = to.json(&["receive", "--input", &file]);
+    assert_eq!(
+        (&said["is_resumed"], &said["objects"]),
+        (&true.into(), &2.into())
+    );
+    assert_eq!(to.export("vms/web"), disk(1));
+    assert_eq!(to.export("vms/base@monday"), disk(1));
+    // The difference, through a pipe.
+    fs::write(from.path("disk"), disk(2)).unwrap();
+    from.must(&["destroy", "vms/web", "--recursive"]);
+    from.must(&["import", &from.text("disk"), "vms/web"]);
+    from.must(&["snapshot", "vms@tuesday"]);
+    assert!(
+        to.fails(&["receive", "--input", "/dev/null"])
+            .contains("ends too early")
+    );
+    let fcvm = env!("CARGO_BIN_EXE_fcvm");
+    let pool = |lab: &Lab| lab.text("data/pool/pool.img");
+    let script = format!(
+        "{fcvm} pool --pool {} send vms/base@tuesday --from monday | {fcvm} pool --pool {} receive",
+        pool(&from),
+        pool(&to)
+    );
+    let said = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&said.stdout),
+        "vms@tuesday: 1 object\n"
+    );
+    let names: Vec<_> = to
+        .json(&["ls"])
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["name"].clone())
+        .collect();
+    assert!(names.contains(&"vms/base@tuesday".into()), "{names:?}");
+    // A token of snapshots that are other ones now.
+    let said = from.run(&[
+        "send",
+        "vms@tuesday",
+        "--resume",
+        token,
+        "--output",
+        &from.text("again"),
+    ]);
+    assert!(
+        said.code == 0 && said.stderr.contains("starts over"),
+        "{}",
+        said.stderr
+    );
+}
+
+#[test]
+fn a_checked_dataset_finds_a_flipped_bit_at_once() {
+    let lab = Lab::new();
+    fs::write(lab.path("disk"), disk(9)).unwrap();
+    lab.must(&["import", &lab.text("disk"), "vms/one"]);
+    lab.must(&["set", "vms", "--checksum", "on"]);
+    assert_eq!(lab.json(&["ls", "vms"])[0]["checksum"], true);
+    lab.must(&["import", &lab.text("disk"), "vms/two"]);
+    let path = lab.path("data/pool/pool.img");
+    let mut bytes = fs::read(&path).unwrap();
+    for block in bytes
+        .chunks_mut(4096)
+        .filter(|block| block.iter().all(|byte| *byte == 9))
+    {
+        block[7] ^= 4;
+    }
+    fs::write(&path, &bytes).unwrap();
+    let said = lab.run(&["scrub"]);
+    assert_eq!(said.code, 125);
+    assert!(said.stdout.contains("of 'vms/two'"), "{}", said.stdout);
+    assert!(
+        lab.fails(&["export", "vms/two", &lab.text("out")])
+            .contains("not what was written")
+    );
+}
+
+#[test]
 fn what_cannot_be_is_refused_in_one_line() {
     let lab = Lab::new();
     assert!(lab.fails(&["create", "--size", "64m"]).contains("exists"));

@@ -93,17 +93,18 @@ fn child(dataset: &Name, object: &str) -> Result<Name> {
 }
 
 /// What the state object says: the sequence and the position.
-fn load_state(state: &Object, stream_id: u64) -> Option<(u64, Position)> {
-    let slots = [0, BLOCK_BYTES].into_iter().filter_map(|offset_bytes| {
+fn load_state(state: &Object, stream_id: u64) -> Result<Option<(u64, Position)>> {
+    let mut newest = None;
+    for offset_bytes in [0, BLOCK_BYTES] {
         let mut bytes = [0; 40];
-        state.read_at(&mut bytes, offset_bytes).ok()?;
+        state.read_at(&mut bytes, offset_bytes)?;
         let good = read_uint(&bytes[..4]) == u64::from(crc32c::crc32c(&bytes[4..]))
             && bytes[4..8] == STATE_MAGIC
             && read_uint(&bytes[8..16]) == stream_id;
         let position = (read_uint(&bytes[24..28]) as u32, read_uint(&bytes[32..40]));
-        good.then(|| (read_uint(&bytes[16..24]), position))
-    });
-    slots.max()
+        newest = newest.max(good.then(|| (read_uint(&bytes[16..24]), position)));
+    }
+    Ok(newest)
 }
 
 impl Pool {
@@ -113,8 +114,7 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// The stream is cut, changed, of another version, or builds on what is not here; [`Self::partial_receives`] has the token
-    /// to go on with.
+    /// The stream is cut, changed, of another version, or builds on what is not here. Where it can go on, the error has the token.
     pub fn receive(
         &self,
         dataset: Option<&Name>,
@@ -172,11 +172,15 @@ impl Pool {
         let result = receiver.receive(&mut input, force, &mut tell);
         if let Err(error) = result {
             // The failure is what counts; without a saved position more of it is sent again.
-            let _ = match receiver.objects.is_empty() {
-                true => self.destroy(&receiver.temporary, true).map(|_| ()),
-                false => receiver.save(),
-            };
-            return Err(error);
+            if receiver.objects.is_empty() {
+                let _ = self.destroy(&receiver.temporary, true);
+                return Err(error);
+            }
+            let _ = receiver.save();
+            return Err(PoolError::Interrupted {
+                reason: Box::new(error),
+                token: receiver.saved_token(),
+            });
         }
         Ok(Received {
             dataset: receiver.target.to_string(),
@@ -202,8 +206,10 @@ impl Pool {
             let Some(id) = id.filter(|_| entry.kind == Kind::Dataset) else {
                 continue;
             };
-            let state = self.open_object(&child(&entry.name.parse()?, STATE)?);
-            let position = state.ok().and_then(|state| load_state(&state, id));
+            let position = match self.open_object(&child(&entry.name.parse()?, STATE)?) {
+                Ok(state) => load_state(&state, id)?,
+                Err(_) => None,
+            };
             partial.push(Partial {
                 dataset: entry.name,
                 token: token::encode(id, position.map_or((0, 0), |(_, position)| position)),
@@ -223,11 +229,11 @@ impl Pool {
         let dataset: Name = format!("{PREFIX}{stream_id:016x}").parse()?;
         let state_name = child(&dataset, STATE)?;
         let is_there = self.list(Some(&dataset)).is_ok();
-        let known = self
-            .open_object(&state_name)
-            .ok()
-            .and_then(|state| Some((load_state(&state, stream_id)?, state)));
         if start != (0, 0) {
+            let known = match self.open_object(&state_name) {
+                Ok(state) => load_state(&state, stream_id)?.map(|found| (found, state)),
+                Err(_) => None,
+            };
             return match known {
                 Some(((sequence, position), state)) if start <= position => {
                     Ok((dataset, state, sequence, false))
@@ -323,6 +329,14 @@ impl Receiver<'_> {
         self.state
             .write_at(&bytes, self.sequence % 2 * BLOCK_BYTES)?;
         self.pool.flush()
+    }
+
+    /// The token for what was saved last.
+    fn saved_token(&self) -> String {
+        // A state that cannot be read is none: everything is sent again.
+        let saved = load_state(&self.state, self.stream_id).ok().flatten();
+        let position = saved.map_or((0, 0), |(_, position)| position);
+        token::encode(self.stream_id, position)
     }
 
     fn base(&mut self, origin: Origin, name: &str) -> Result<()> {

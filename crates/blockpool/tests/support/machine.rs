@@ -226,9 +226,11 @@ impl Machine {
     fn allow<T>(&self, result: Result<T, PoolError>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
-            Err(PoolError::Full) => None,
-            Err(PoolError::Io { .. } | PoolError::Stopped { .. }) if self.has_faults => None,
-            Err(error) => panic!("{error}"),
+            Err(error) => match error.reason() {
+                PoolError::Full => None,
+                PoolError::Io { .. } | PoolError::Stopped { .. } if self.has_faults => None,
+                error => panic!("{error}"),
+            },
         }
     }
 
@@ -687,7 +689,7 @@ impl Machine {
             let cut = step.c as usize % stream.len();
             let result = pool.receive(Some(&target), false, &mut &stream[..cut], |_| ());
             match result {
-                Err(PoolError::Stream { .. }) => {}
+                Err(error) if matches!(error.reason(), PoolError::Stream { .. }) => {}
                 Err(error) => return Err(error),
                 Ok(_) => panic!("a stream without its end was received"),
             }

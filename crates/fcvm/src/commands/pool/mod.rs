@@ -1,5 +1,7 @@
 //! `fcvm pool`: the block-cloning pool from the command line.
 
+mod stream;
+
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -55,6 +57,36 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
             println!("{name}: {}", objects(count));
         }
         PoolCommand::Destroy { recursive, names } => destroy(&open(&path)?, &names, recursive)?,
+        PoolCommand::Send {
+            name,
+            from,
+            output,
+            resume,
+            format,
+        } => stream::send(
+            &open(&path)?,
+            &name,
+            from.as_deref(),
+            resume.as_deref(),
+            output.as_deref(),
+            format,
+        )?,
+        PoolCommand::Receive {
+            list: true, format, ..
+        } => stream::list(&open(&path)?, format)?,
+        PoolCommand::Receive {
+            dataset,
+            input,
+            force,
+            format,
+            ..
+        } => stream::receive(
+            &open(&path)?,
+            dataset.as_deref(),
+            input.as_deref(),
+            force,
+            format,
+        )?,
         PoolCommand::Set { dataset, checksum } => {
             let pool = open(&path)?;
             let options = DatasetOptions {
