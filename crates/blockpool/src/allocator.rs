@@ -15,6 +15,10 @@ const GROUP_RECORDS: u64 = GROUP_BLOCKS / RECORD_BLOCKS;
 /// Records of one word of a map.
 const WORD_RECORDS: u64 = 64 / RECORD_BLOCKS;
 const FULL: u16 = u16::MAX;
+/// Neighbours that are given back to the host: shorter runs are used again before that pays.
+const PUNCHED_RECORDS: u64 = 4;
+/// Runs that are given back with one checkpoint, which others wait for.
+const PUNCHED_RUNS: usize = 1024;
 
 /// One bit per block.
 #[derive(Debug, Default)]
@@ -48,6 +52,29 @@ impl Bits {
 pub(crate) enum Freed {
     Record(u64),
     Page(u64),
+}
+
+/// Runs of freed records, first and count, that are worth telling the host of; the longest ones.
+pub(crate) fn punchable(freed: &[Freed]) -> Vec<(u64, u64)> {
+    let mut records: Vec<u64> = freed
+        .iter()
+        .filter_map(|freed| match freed {
+            Freed::Record(record) => Some(*record),
+            Freed::Page(_) => None,
+        })
+        .collect();
+    records.sort_unstable();
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for record in records {
+        match runs.last_mut() {
+            Some((first, count)) if *first + *count == record => *count += 1,
+            _ => runs.push((record, 1)),
+        }
+    }
+    runs.retain(|(_, count)| *count >= PUNCHED_RECORDS);
+    runs.sort_unstable_by_key(|(_, count)| std::cmp::Reverse(*count));
+    runs.truncate(PUNCHED_RUNS);
+    runs
 }
 
 /// See the module.

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::allocator::Freed;
+use crate::allocator::{Freed, punchable};
 use crate::error::{PoolError, Result};
-use crate::layout::{BLOCK, BLOCK_BYTES, PagePointer, Superblock, TreeName};
+use crate::layout::{BLOCK, BLOCK_BYTES, PagePointer, RECORD_BYTES, Superblock, TreeName};
 use crate::log::{self, DATA_BLOCKS_MAX};
 use crate::metadata::{Metadata, leaf_kind};
 use crate::page::Page;
@@ -201,6 +201,7 @@ impl Inner {
             covered,
             ..LogPosition::after(&prepared.superblock)
         };
+        self.punch(&prepared.freed);
         // Nobody reads what was freed any more once all reads that are on their way have ended.
         let _no_io = self
             .io_gate
@@ -210,6 +211,27 @@ impl Inner {
         state.metadata.allocator.release(&prepared.freed);
         state.metadata.shrink_cache();
         Ok(())
+    }
+
+    /// Gives space of records back to the host that no checkpoint names any more and that is not given out yet.
+    fn punch(&self, freed: &[Freed]) {
+        let runs = punchable(freed);
+        if runs.is_empty() {
+            return;
+        }
+        // Reads that began before the records were freed have to end.
+        drop(
+            self.io_gate
+                .write()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        );
+        for (first, count) in runs {
+            let result = self.disk.punch(first * RECORD_BYTES, count * RECORD_BYTES);
+            // Where the host cannot, the space is used again by the pool.
+            if result.is_err() {
+                break;
+            }
+        }
     }
 
     fn write_pages(&self, prepared: &Prepared) -> Result<()> {

@@ -521,3 +521,30 @@ fn threads_write_clone_and_flush_at_once() {
     );
     verify_accounting(&pool);
 }
+
+#[test]
+fn what_is_removed_is_given_back_to_the_host() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("pool");
+    let disk = FileDisk::create(&path, 64 << 20).unwrap();
+    let pool = Pool::create(Arc::new(disk), 64 << 20, [1; 16]).unwrap();
+    pool.create_dataset(&name("d")).unwrap();
+    let taken = || std::fs::metadata(&path).unwrap().blocks() * 512;
+    let before = taken();
+    let object = pool.create_object(&name("d/o"), 32 << 20).unwrap();
+    object.write_at(&vec![1; 32 << 20], 0).unwrap();
+    pool.checkpoint().unwrap();
+    assert!(taken() >= before + (32 << 20));
+    pool.destroy(&name("d/o"), false).unwrap();
+    pool.checkpoint().unwrap();
+    let left = taken();
+    if left >= before + (32 << 20) {
+        println!(
+            "skipped: the file system of {} cannot punch holes",
+            path.display()
+        );
+        return;
+    }
+    assert!(left < before + (1 << 20), "{before} {left}");
+}

@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
 use super::Disk;
@@ -97,5 +97,19 @@ impl Disk for FileDisk {
             return Ok(());
         }
         self.file.set_len(size_bytes)
+    }
+
+    fn punch(&self, offset_bytes: u64, length_bytes: u64) -> io::Result<()> {
+        // A device may have to write zeros instead, which is no gain.
+        if !self.file.metadata()?.is_file() {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(
+            &self.file,
+            flags,
+            offset_bytes,
+            length_bytes,
+        )?)
     }
 }

@@ -49,4 +49,13 @@ pub trait Disk: Send + Sync {
     ///
     /// It cannot grow, as a block device cannot.
     fn grow(&self, size_bytes: u64) -> io::Result<()>;
+
+    /// Gives the space of a range back to whoever it came from, where that is possible. Nobody knows what the range holds afterwards.
+    ///
+    /// # Errors
+    ///
+    /// It is not possible; nothing is lost by that.
+    fn punch(&self, _offset_bytes: u64, _length_bytes: u64) -> io::Result<()> {
+        Ok(())
+    }
 }

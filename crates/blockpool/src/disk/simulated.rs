@@ -12,6 +12,8 @@ use super::Disk;
 const SECTOR_BYTES: usize = 512;
 /// Memory is kept in pieces of this size; one that was never written is not there.
 const PIECE_BYTES: usize = 65_536;
+/// What a punched range holds.
+const PUNCHED: u8 = 0xa5;
 
 /// What happened to the disk.
 #[derive(Debug, Clone)]
@@ -338,6 +340,19 @@ impl Disk for SimulatedDisk {
     fn grow(&self, size_bytes: u64) -> io::Result<()> {
         self.with(|inner| {
             inner.content.size_bytes = inner.content.size_bytes.max(size_bytes);
+            Ok(())
+        })
+    }
+
+    /// Leaves something that nobody ever wrote: who still reads it is found out.
+    fn punch(&self, offset_bytes: u64, length_bytes: u64) -> io::Result<()> {
+        self.with(|inner| {
+            inner.content.check(offset_bytes, length_bytes as usize)?;
+            for at in (offset_bytes..offset_bytes + length_bytes).step_by(PIECE_BYTES) {
+                let length = (offset_bytes + length_bytes - at).min(PIECE_BYTES as u64) as usize;
+                inner.content.write(at, &vec![PUNCHED; length]);
+                inner.record(at, length);
+            }
             Ok(())
         })
     }
