@@ -5,6 +5,7 @@
 pub(crate) mod hostile;
 pub(crate) mod machine;
 pub(crate) mod model;
+pub(crate) mod restream;
 pub(crate) mod rounds;
 
 /// Numbers from a seed: SplitMix64, Steele et al., OOPSLA 2014.
