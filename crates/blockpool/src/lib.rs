@@ -13,6 +13,8 @@ mod check;
 mod disk;
 mod error;
 mod frozen;
+mod identified;
+mod journal;
 mod layout;
 mod log;
 mod map;
@@ -35,6 +37,7 @@ pub use catalog::{ObjectId, check_name};
 pub use check::CheckReport;
 pub use disk::{CrashChoice, Disk, Event, Fault, FileDisk, SimulatedDisk};
 pub use error::{PoolError, Result};
+pub use journal::Journal;
 pub use layout::{
     BLOCK_BYTES, OBJECT_MAX_BYTES, POOL_MAX_BYTES, POOL_MIN_BYTES, RECORD_BYTES, VERSION,
 };

@@ -94,7 +94,7 @@ impl Metadata {
     }
 
     /// What a name means, but for snapshots of datasets, which are those of their objects.
-    fn find(&self, name: &Name) -> Result<&Entry> {
+    pub(crate) fn find(&self, name: &Name) -> Result<&Entry> {
         let mut found = self.dataset(name)?;
         for part in [name.object(), name.snapshot()].into_iter().flatten() {
             found = self
@@ -144,7 +144,7 @@ impl Metadata {
         }
     }
 
-    fn listed(&self, entry: &Entry) -> Option<Listed> {
+    pub(crate) fn listed(&self, entry: &Entry) -> Option<Listed> {
         Some(Listed {
             id: ObjectId(entry.id),
             name: self.catalog.full_name(entry),

@@ -13,6 +13,7 @@ use crate::allocator::Allocator;
 use crate::catalog::Catalog;
 use crate::disk::Disk;
 use crate::error::{PoolError, Result};
+use crate::journal::Journal;
 use crate::layout::{BLOCK, BLOCK_BYTES, Superblock, TreeName};
 use crate::metadata::{Metadata, leaf_kind, span};
 use crate::operation::Operation;
@@ -29,6 +30,10 @@ pub(crate) struct State {
     pub(crate) metadata: Metadata,
     pub(crate) pending: Pending,
     pub(crate) gates: HashMap<u64, Arc<RwLock<()>>>,
+    /// Gets every operation as it is done.
+    pub(crate) journal: Option<Arc<Journal>>,
+    /// The log record that will have what is done now.
+    pub(crate) log_index: u64,
     /// Why nothing more is done.
     pub(crate) stopped: Option<String>,
 }
@@ -49,7 +54,14 @@ impl State {
         self.check_running()?;
         let result = self.metadata.apply(operation);
         match &result {
-            Ok(()) => operation.encode(&mut self.pending.operations),
+            Ok(()) => {
+                let begin = self.pending.operations.len();
+                operation.encode(&mut self.pending.operations);
+                if let Some(journal) = &self.journal {
+                    let bytes = &self.pending.operations[begin..];
+                    journal.append(self.metadata.txg - 1, self.log_index, bytes);
+                }
+            }
             // It may be half done: what the log says is not what is in memory any more.
             Err(
                 PoolError::Io { .. }
@@ -148,7 +160,15 @@ impl Pool {
     /// There is none, it has another version, or it is damaged.
     pub fn open(disk: Arc<dyn Disk>) -> Result<Self> {
         let superblock = find_superblock(&*disk)?;
-        let pool = Self::assemble(disk, &superblock);
+        let pool = Self::load(disk, &superblock)?;
+        pool.replay(&superblock)?;
+        pool.checkpoint()?;
+        Ok(pool)
+    }
+
+    /// The pool as it was at its last checkpoint.
+    pub(crate) fn load(disk: Arc<dyn Disk>, superblock: &Superblock) -> Result<Self> {
+        let pool = Self::assemble(disk, superblock);
         {
             let mut state = pool.inner.state();
             state.metadata.load(true)?;
@@ -157,8 +177,6 @@ impl Pool {
                 .allocator
                 .set_data_records(superblock.data_records);
         }
-        pool.replay(&superblock)?;
-        pool.checkpoint()?;
         Ok(pool)
     }
 
@@ -210,6 +228,8 @@ impl Pool {
                 metadata,
                 pending: Pending::default(),
                 gates: HashMap::new(),
+                journal: None,
+                log_index: 0,
                 stopped: None,
             }),
             flush_arrivals: AtomicU64::new(0),

@@ -10,9 +10,26 @@ use crate::pool::Pool;
 impl Pool {
     /// Replays the log that follows `superblock`. Only a checkpoint may come next.
     pub(crate) fn replay(&self, superblock: &Superblock) -> Result<()> {
+        self.replay_all(superblock, None::<fn(u64) -> Vec<Operation>>)
+    }
+
+    /// The same, where the system went on: `missing` tells what was done beyond so many log records, and all data
+    /// that was written is there.
+    pub(crate) fn replay_all(
+        &self,
+        superblock: &Superblock,
+        missing: Option<impl FnOnce(u64) -> Vec<Operation>>,
+    ) -> Result<()> {
         let mut state = self.inner.state();
         let metadata = &mut state.metadata;
-        let records = read_log(&*self.inner.disk, superblock)?;
+        let mut records = read_log(&*self.inner.disk, superblock)?;
+        if let Some(missing) = missing {
+            let operations = missing(records.len() as u64);
+            records.push(LogRecord {
+                operations,
+                data: Vec::new(),
+            });
+        }
         let Some(last) = records.last() else {
             return Ok(());
         };

@@ -133,6 +133,9 @@ impl Inner {
                 drop(state);
                 return self.checkpoint_locked(position);
             }
+            if !state.pending.operations.is_empty() || position.last_has_data {
+                state.log_index = position.index + 1;
+            }
             std::mem::take(&mut state.pending)
         };
         let is_empty = pending.operations.is_empty();
@@ -281,6 +284,7 @@ impl State {
             .collect();
         let freed = metadata.allocator.take_freed();
         self.pending = Pending::default();
+        self.log_index = 0;
         Ok(Prepared {
             superblock,
             pages,
