@@ -16,6 +16,7 @@ use super::Format;
         fcvm pool snapshot vms@monday                    all disks of a dataset at one moment\n  \
         fcvm pool rollback vms/web@monday                back to it\n  \
         fcvm pool destroy vms/web@monday                 remove the snapshot\n  \
+        fcvm pool mount ~/disks                          files in which 'cp' clones\n  \
         fcvm pool --pool /dev/sdb1 status --format json  a pool on a partition\n\n\
         A pool can be open in one process at a time. Names are DATASET, DATASET/OBJECT,\n\
         DATASET/OBJECT@SNAPSHOT and DATASET@SNAPSHOT (all objects of the dataset).")]
@@ -155,6 +156,33 @@ pub(crate) enum PoolCommand {
         /// Never write in place, and give every block a checksum at once
         #[arg(long, value_enum)]
         checksum: Switch,
+    },
+    /// Show the pool as a directory: datasets are directories, objects are files, 'cp' clones
+    Mount {
+        /// Directory; it is made if need be
+        directory: PathBuf,
+        /// Stay, and unmount when interrupted
+        #[arg(long)]
+        foreground: bool,
+    },
+    /// End a mount that nobody uses
+    #[command(alias = "umount")]
+    Unmount {
+        /// Directory
+        directory: PathBuf,
+    },
+    /// Hold a mount and start its servers; for fcvm's own use
+    #[command(hide = true)]
+    KeepMount {
+        /// Directory
+        directory: PathBuf,
+    },
+    /// Answer for a mount; for fcvm's own use
+    #[command(hide = true)]
+    ServeMount {
+        /// Another server did until now
+        #[arg(long)]
+        takeover: bool,
     },
     /// Read everything that has a checksum, repair what can be repaired, list what is lost
     Scrub {

@@ -1,5 +1,6 @@
 //! `fcvm pool`: the block-cloning pool from the command line.
 
+pub(crate) mod mount;
 mod stream;
 
 use std::fs::{File, OpenOptions};
@@ -95,6 +96,13 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
             pool.set_options(&dataset.parse()?, options)?;
             pool.flush()?;
         }
+        PoolCommand::Mount {
+            directory,
+            foreground,
+        } => return mount::mount(context, &path, &directory, foreground),
+        PoolCommand::Unmount { directory } => return mount::unmount(context, &directory),
+        PoolCommand::KeepMount { directory } => return mount::keeper(context, &path, &directory),
+        PoolCommand::ServeMount { takeover } => return mount::server(&path, takeover),
         PoolCommand::Scrub { format } => return scrub(&open(&path)?, format),
         PoolCommand::Check { repair, format } => return check(&path, repair, format),
     }

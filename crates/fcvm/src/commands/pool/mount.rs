@@ -1,0 +1,343 @@
+//! `fcvm pool mount` and `unmount`: the processes behind a mounted pool.
+//!
+//! Two of them. The keeper holds the kernel's side of the mount and the journal, and does nothing else that could fail; it
+//! starts the server, which opens the pool and answers. When the server is killed the keeper starts another, which
+//! takes over: files that are open stay open, and nothing that was answered is undone.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use blockpool::{FileDisk, Journal, Pool, PoolError};
+use blockpool_fuse::Options;
+use rustix::fs::MemfdFlags;
+
+use crate::context::Context;
+use crate::errors::{EXIT_FCVM_FAILED, printable};
+
+/// What a keeper writes when the mount answers.
+const READY: &str = "ready";
+/// Servers that may be killed within [`RESTART_PERIOD`] before the keeper gives up.
+const RESTARTS_MAX: usize = 5;
+const RESTART_PERIOD: Duration = Duration::from_secs(60);
+/// A log that is longer is begun anew with the next mount.
+const LOG_BYTES_MAX: u64 = 1 << 20;
+/// How long `unmount` waits for the end of the server, which writes a checkpoint.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Threads of a server. They wait for the disk more than they work.
+const THREAD_COUNT: usize = 8;
+
+/// `fcvm pool mount`.
+pub(crate) fn mount(
+    context: &Context,
+    pool: &Path,
+    directory: &Path,
+    in_foreground: bool,
+) -> anyhow::Result<u8> {
+    let pool = std::path::absolute(pool)?;
+    let directory = std::path::absolute(directory)?;
+    if !pool.exists() {
+        bail!(
+            "there is no pool {}; make one with 'fcvm pool create --size SIZE'",
+            pool.display()
+        );
+    }
+    if in_foreground {
+        prepare_directory(&directory)?;
+        return keep(context, &pool, &directory, None);
+    }
+    start(context, &pool, &directory)?;
+    println!("{}", directory.display());
+    Ok(crate::EXIT_SUCCESS)
+}
+
+/// Mounts a pool on a directory, which is made if need be; returns when the mount answers.
+pub(crate) fn start(context: &Context, pool: &Path, directory: &Path) -> anyhow::Result<()> {
+    prepare_directory(directory)?;
+    let log_path = context.data_dir.join("pool/mount.log");
+    let log = open_log(&log_path)?;
+    let before_bytes = log.metadata()?.len();
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut keeper = Command::new(program)
+        .arg("--data-dir")
+        .arg(&context.data_dir)
+        .args(["pool", "keep-mount", "--pool"])
+        .arg(pool)
+        .arg(directory)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .context("cannot start the process that keeps the mount")?;
+    let mut said = String::new();
+    if let Some(output) = keeper.stdout.take() {
+        BufReader::new(output)
+            .read_line(&mut said)
+            .context("cannot read what the keeper of the mount says")?;
+    }
+    if said.trim() == READY {
+        return Ok(());
+    }
+    let _ = keeper.wait();
+    let log = std::fs::read(&log_path).unwrap_or_default();
+    let log = log.get(before_bytes as usize..).unwrap_or_default();
+    let log = String::from_utf8_lossy(log);
+    let reason = log.lines().rfind(|line| !line.trim().is_empty());
+    let reason = reason.unwrap_or("the process ended");
+    bail!(
+        "{}",
+        printable(reason.strip_prefix("Error: ").unwrap_or(reason))
+    );
+}
+
+fn prepare_directory(directory: &Path) -> anyhow::Result<()> {
+    if is_dead(directory) {
+        // Of a machine or processes that are no more: whoever had files open there has lost them already.
+        tracing::warn!(
+            "{} was left by a mount that ended: it is taken away",
+            directory.display()
+        );
+        let helper = Path::new("fusermount3");
+        blockpool_fuse::unmount(helper, directory, true)?;
+    }
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory);
+    made.with_context(|| format!("cannot make {}", directory.display()))
+}
+
+/// Whether a directory is a mount that nobody answers any more.
+pub(crate) fn is_dead(directory: &Path) -> bool {
+    matches!(
+        rustix::fs::statvfs(directory),
+        Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED)
+    )
+}
+
+fn open_log(path: &Path) -> anyhow::Result<File> {
+    let failed = || format!("cannot open {}", path.display());
+    if let Some(directory) = path.parent() {
+        crate::context::create_private_dir(directory)?;
+    }
+    let log = File::options()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .with_context(failed)?;
+    if log.metadata().with_context(failed)?.len() > LOG_BYTES_MAX {
+        log.set_len(0).with_context(failed)?;
+    }
+    Ok(log)
+}
+
+/// `fcvm pool keep-mount`: the keeper that [`start`] starts.
+pub(crate) fn keeper(context: &Context, pool: &Path, directory: &Path) -> anyhow::Result<u8> {
+    let report = crate::commands::run::leave_command()?;
+    keep(context, pool, directory, Some(report))
+}
+
+/// Mounts, and has a server until it is unmounted.
+fn keep(
+    context: &Context,
+    pool: &Path,
+    directory: &Path,
+    report: Option<File>,
+) -> anyhow::Result<u8> {
+    let Some(helper) = context.find_program("fusermount3") else {
+        bail!("fusermount3 is missing: install the package fuse3");
+    };
+    let device = blockpool_fuse::mount(&helper, &pool.to_string_lossy(), directory)?;
+    let journal = rustix::fs::memfd_create("fcvm-pool-journal", MemfdFlags::CLOEXEC)
+        .context("cannot make the journal")?;
+    watch_signals(helper.clone(), directory.to_owned());
+    let mut server = start_server(pool, &device, &journal, false)?;
+    let mounted = directory.to_owned();
+    std::thread::spawn(move || {
+        // Answered by the server, or never.
+        if rustix::fs::statvfs(&mounted).is_ok() {
+            report.map(|mut report| report.write_all(format!("{READY}\n").as_bytes()));
+        }
+    });
+    let mut killed: Vec<Instant> = Vec::new();
+    loop {
+        let status = server.wait().context("cannot wait for the server")?;
+        if status.success() {
+            return Ok(crate::EXIT_SUCCESS);
+        }
+        killed.retain(|at| at.elapsed() < RESTART_PERIOD);
+        killed.push(Instant::now());
+        if status.code().is_some() || killed.len() > RESTARTS_MAX {
+            give_up(&helper, directory, status);
+            return Ok(EXIT_FCVM_FAILED);
+        }
+        tracing::warn!(
+            "the server of {} ended ({status}): another takes over",
+            directory.display()
+        );
+        server = start_server(pool, &device, &journal, true)?;
+    }
+}
+
+fn give_up(helper: &Path, directory: &Path, status: ExitStatus) {
+    // The server has said why, unless it was killed again and again.
+    if status.code().is_none() {
+        tracing::error!(
+            "the servers of {} are killed ({status}): it is unmounted",
+            directory.display()
+        );
+    }
+    if let Err(error) = blockpool_fuse::unmount(helper, directory, true) {
+        tracing::warn!("{error}");
+    }
+}
+
+fn start_server(
+    pool: &Path,
+    device: &OwnedFd,
+    journal: &OwnedFd,
+    is_takeover: bool,
+) -> anyhow::Result<Child> {
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["pool", "serve-mount", "--pool"]).arg(pool);
+    if is_takeover {
+        command.arg("--takeover");
+    }
+    command
+        .stdin(device.try_clone()?)
+        .stdout(journal.try_clone()?)
+        // What interrupts the keeper is for it to handle.
+        .process_group(0)
+        .spawn()
+        .context("cannot start the server of the mount")
+}
+
+/// A keeper that is told to end unmounts, where nobody uses the files.
+fn watch_signals(helper: PathBuf, directory: PathBuf) {
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let Ok(runtime) = runtime else { return };
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+                return;
+            };
+            loop {
+                tokio::select! {
+                    _ = tokio::signal::ctrl_c() => {}
+                    _ = terminate.recv() => {}
+                }
+                if let Err(error) = blockpool_fuse::unmount(&helper, &directory, false) {
+                    tracing::error!("{error}");
+                }
+            }
+        });
+    });
+}
+
+/// `fcvm pool serve-mount`: the server that a keeper starts. Its standard input is the kernel's side, its output the journal.
+pub(crate) fn server(pool_path: &Path, is_takeover: bool) -> anyhow::Result<u8> {
+    let device = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let journal = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
+    if journal.metadata()?.file_type()
+        != std::fs::File::open("/proc/self/exe")?
+            .metadata()?
+            .file_type()
+    {
+        bail!("this command is for fcvm's own use");
+    }
+    let disk = Arc::new(super::disk(pool_path)?);
+    let pool = Pool::open_with_journal(disk, Arc::new(Journal::new(journal)))
+        .with_context(|| pool_path.display().to_string())?;
+    let options = Options {
+        thread_count: THREAD_COUNT,
+        writeback_cache: std::env::var_os("FCVM_POOL_WRITEBACK").is_some(),
+        host_directory: pool_path.parent().map(Path::to_owned),
+    };
+    blockpool_fuse::serve(device, &pool, options, is_takeover)?;
+    Ok(crate::EXIT_SUCCESS)
+}
+
+/// `fcvm pool unmount`: returns when the pool is free for others.
+pub(crate) fn unmount(context: &Context, directory: &Path) -> anyhow::Result<u8> {
+    let directory = std::path::absolute(directory)?;
+    let Some(helper) = context.find_program("fusermount3") else {
+        bail!("fusermount3 is missing: install the package fuse3");
+    };
+    let pool = mounted_pool(&directory)?;
+    let is_dead = is_dead(&directory);
+    blockpool_fuse::unmount(&helper, &directory, is_dead)?;
+    let begin = Instant::now();
+    while let Some(pool) = &pool
+        && !is_dead
+    {
+        match FileDisk::open(pool) {
+            Err(PoolError::InUse { .. }) if begin.elapsed() < UNMOUNT_TIMEOUT => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error @ PoolError::InUse { .. }) => return Err(error.into()),
+            _ => break,
+        }
+    }
+    Ok(crate::EXIT_SUCCESS)
+}
+
+/// The pool that is mounted on a directory, from /proc/self/mountinfo: proc(5).
+pub(crate) fn mounted_pool(directory: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let mounts =
+        std::fs::read("/proc/self/mountinfo").context("cannot read the table of mounts")?;
+    let mounts = String::from_utf8_lossy(&mounts);
+    let found = mounts.lines().rev().find_map(|line| {
+        let (place, source) = line.split_once(" - ")?;
+        let place = unescaped(place.split(' ').nth(4)?);
+        let mut source = source.split(' ');
+        let is_pool = source.next()? == "fuse.fcvm-pool" && Path::new(&place) == directory;
+        is_pool.then(|| source.next().map(unescaped))?
+    });
+    Ok(found.map(PathBuf::from))
+}
+
+/// Spaces and the like are written as three octal digits there.
+fn unescaped(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let code = tail
+            .get(..3)
+            .filter(|_| *first == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match code {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unescaped;
+
+    #[test]
+    fn names_in_the_table_of_mounts_are_read() {
+        assert_eq!(unescaped(r"/a\040b\134c\x"), r"/a b\c\x");
+        assert_eq!(unescaped("/plain"), "/plain");
+    }
+}
