@@ -103,6 +103,29 @@ pub struct SnapshotReference {
     pub id: String,
 }
 
+/// What became of the start-up cache of a VM (`fcvm run --warm`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StartCacheState {
+    /// The VM continues from it.
+    Restored,
+    /// The VM was booted, and its started state is to be kept.
+    Booted,
+    /// The VM was booted, and its started state is kept.
+    Kept,
+    /// The VM was booted, and its started state could not be kept, or another VM's is.
+    NotKept,
+}
+
+/// The start-up cache of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartCache {
+    /// Tag of the snapshot.
+    pub tag: String,
+    /// What became of it.
+    pub state: StartCacheState,
+}
+
 /// The state record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -160,6 +183,9 @@ pub struct VmRecord {
     /// Where a clone came from; absent for a VM that was booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<Lineage>,
+    /// The start-up cache, where one was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_cache: Option<StartCache>,
     /// Microseconds each stage of the start took, in order.
     pub timings_us: Vec<(String, u64)>,
     /// What the owner holds.

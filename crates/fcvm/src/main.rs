@@ -19,6 +19,7 @@ mod progress;
 mod signals;
 mod state;
 mod template;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -62,6 +63,7 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<u8> {
         Command::Run(arguments) | Command::Podman(PodmanCommand::Run(arguments)) => {
             commands::run::run(context, *arguments).await
         }
+        Command::Prepare(arguments) => commands::prepare::run(context, *arguments).await,
         Command::ProbeGuest => commands::setup::probe_guest(),
         Command::Owner { clone: false } => commands::run::owner(context).await,
         Command::Owner { clone: true } => commands::clones::owner(context).await,

@@ -78,6 +78,8 @@ pub(crate) enum Command {
     /// The same commands, for those used to Podman's spelling
     #[command(subcommand)]
     Podman(PodmanCommand),
+    /// Keep the started state of an image for 'fcvm run --warm', without leaving a VM behind
+    Prepare(Box<run::PrepareArguments>),
     /// Run another process in a running VM
     Exec(ExecArguments),
     /// Fork a running VM: clones that continue from this instant, each on its own

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use fcvm_types::{ByteSize, PortMapping, VmName};
 
+use super::Format;
+
 /// Options of `fcvm run`, in Podman's spelling where Podman has them.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -19,6 +21,10 @@ pub(crate) struct RunArguments {
     /// Run in the background and print the id
     #[arg(short, long)]
     pub(crate) detach: bool,
+    /// Restore the started state that an earlier run or 'fcvm prepare' has kept, or keep it: once the
+    /// container runs, or with a health check at its first success
+    #[arg(long)]
+    pub(crate) warm: bool,
     /// Remove the VM when it has ended
     #[arg(long)]
     pub(crate) rm: bool,
@@ -28,6 +34,58 @@ pub(crate) struct RunArguments {
     /// Give the container a terminal
     #[arg(short, long)]
     pub(crate) tty: bool,
+    /// Host name of the guest
+    #[arg(long, value_name = "NAME", help_heading = "Container")]
+    pub(crate) hostname: Option<String>,
+    /// Add a line to /etc/hosts
+    #[arg(long, value_name = "NAME:ADDRESS", help_heading = "Container")]
+    pub(crate) add_host: Vec<String>,
+    /// Signal that stop sends first [default: the image's, else TERM]
+    #[arg(long, value_name = "SIGNAL", help_heading = "Container")]
+    pub(crate) stop_signal: Option<String>,
+    /// Seconds between the stop signal and the end
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        help_heading = "Container"
+    )]
+    pub(crate) stop_timeout: u32,
+    /// Label of the VM
+    #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Container")]
+    pub(crate) label: Vec<String>,
+    /// Shell command that each clone runs before it answers anything: told by $FCVM_CLONE and
+    /// $FCVM_PARENT who it is, it drops what must not be shared
+    #[arg(long, value_name = "CMD", help_heading = "Container")]
+    pub(crate) on_fork: Option<String>,
+    /// Keep so many clones ready for 'fcvm fork': their processes wait, about 80 MB each
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Container", value_parser = clap::value_parser!(u16).range(..=32))]
+    pub(crate) standby: u16,
+    /// Publish a port of the guest
+    #[arg(
+        short,
+        long,
+        value_name = "[IP:]HOST:GUEST[/PROTO]",
+        help_heading = "Network"
+    )]
+    pub(crate) publish: Vec<PortMapping>,
+    /// Name servers of the guest [default: the host's]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
+    pub(crate) dns: Vec<std::net::IpAddr>,
+    /// Directory of the host in the guest (not in this version)
+    #[arg(short, long, alias = "map", value_name = "HOST:GUEST", hide = true)]
+    pub(crate) volume: Vec<String>,
+    /// Write the id to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cidfile: Option<PathBuf>,
+    /// What is run, in which machine
+    #[command(flatten)]
+    pub(crate) start: StartArguments,
+}
+
+/// Options that a started state depends on: what `fcvm run` and `fcvm prepare` have in common.
+#[derive(Debug, Args)]
+pub(crate) struct StartArguments {
     /// Set an environment variable (NAME=value, or NAME to pass the host's value)
     #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Container")]
     pub(crate) env: Vec<String>,
@@ -43,9 +101,6 @@ pub(crate) struct RunArguments {
     /// Program to run in place of the image's; an empty text removes the image's
     #[arg(long, value_name = "PROGRAM|JSON", help_heading = "Container")]
     pub(crate) entrypoint: Option<String>,
-    /// Host name of the guest
-    #[arg(long, value_name = "NAME", help_heading = "Container")]
-    pub(crate) hostname: Option<String>,
     /// The container cannot write to its root file system
     #[arg(long, help_heading = "Container")]
     pub(crate) read_only: bool,
@@ -64,23 +119,6 @@ pub(crate) struct RunArguments {
     /// no-new-privileges: setuid programs give nothing
     #[arg(long, value_name = "OPTION", help_heading = "Container")]
     pub(crate) security_opt: Vec<String>,
-    /// Add a line to /etc/hosts
-    #[arg(long, value_name = "NAME:ADDRESS", help_heading = "Container")]
-    pub(crate) add_host: Vec<String>,
-    /// Signal that stop sends first [default: the image's, else TERM]
-    #[arg(long, value_name = "SIGNAL", help_heading = "Container")]
-    pub(crate) stop_signal: Option<String>,
-    /// Seconds between the stop signal and the end
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 10,
-        help_heading = "Container"
-    )]
-    pub(crate) stop_timeout: u32,
-    /// Label of the VM
-    #[arg(short, long, value_name = "NAME[=VALUE]", help_heading = "Container")]
-    pub(crate) label: Vec<String>,
     /// Check that the service answers: an http:// URL asked from inside the guest, or a shell command
     /// [default: the image's HEALTHCHECK]
     #[arg(long, value_name = "URL|CMD", help_heading = "Container")]
@@ -100,27 +138,9 @@ pub(crate) struct RunArguments {
     /// Do not check, even where the image has a HEALTHCHECK
     #[arg(long, help_heading = "Container", conflicts_with = "health_check")]
     pub(crate) no_healthcheck: bool,
-    /// Shell command that each clone runs before it answers anything: told by $FCVM_CLONE and
-    /// $FCVM_PARENT who it is, it drops what must not be shared
-    #[arg(long, value_name = "CMD", help_heading = "Container")]
-    pub(crate) on_fork: Option<String>,
-    /// Keep so many clones ready for 'fcvm fork': their processes wait, about 80 MB each
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Container", value_parser = clap::value_parser!(u16).range(..=32))]
-    pub(crate) standby: u16,
-    /// Publish a port of the guest
-    #[arg(
-        short,
-        long,
-        value_name = "[IP:]HOST:GUEST[/PROTO]",
-        help_heading = "Network"
-    )]
-    pub(crate) publish: Vec<PortMapping>,
     /// Network of the VM
     #[arg(long, value_enum, default_value = "rootless", help_heading = "Network")]
     pub(crate) network: NetworkMode,
-    /// Name servers of the guest [default: the host's]
-    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
-    pub(crate) dns: Vec<std::net::IpAddr>,
     /// Virtual processors
     #[arg(long = "cpus", alias = "cpu", value_name = "N", default_value_t = 1, help_heading = "Machine", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) cpus: u32,
@@ -160,17 +180,29 @@ pub(crate) struct RunArguments {
     /// Check the registry's certificate, and refuse plain HTTP
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Image")]
     pub(crate) tls_verify: bool,
-    /// Directory of the host in the guest (not in this version)
-    #[arg(short, long, alias = "map", value_name = "HOST:GUEST", hide = true)]
-    pub(crate) volume: Vec<String>,
-    /// Write the id to this file
-    #[arg(long, value_name = "FILE")]
-    pub(crate) cidfile: Option<PathBuf>,
     /// The image
     pub(crate) image: String,
     /// Command in place of the image's
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+/// Options of `fcvm prepare`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "What 'fcvm run --warm' restores is kept: the container as it is when its process has started, or\n\
+        with a health check when that has succeeded for the first time. No VM is left.\n\n\
+        Examples:\n  \
+        fcvm prepare --health-check 'pg_isready' postgres:16\n  \
+        fcvm run --warm -d --name db --health-check 'pg_isready' postgres:16"
+)]
+pub(crate) struct PrepareArguments {
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+    /// What is run, in which machine
+    #[command(flatten)]
+    pub(crate) start: StartArguments,
 }
 
 /// `--network`.

@@ -43,9 +43,12 @@ pub(crate) enum SystemCommand {
     },
     /// Remove what nothing uses: ended VMs, leftovers of crashes, unnamed images, old root images
     Prune {
-        /// Also images that no VM uses
+        /// Also images that no VM uses, and all start-up caches ('fcvm run --warm')
         #[arg(short, long)]
         all: bool,
+        /// Also all start-up caches ('fcvm run --warm'), which the next runs make anew
+        #[arg(long)]
+        warm: bool,
         /// Do not ask
         #[arg(short, long)]
         force: bool,

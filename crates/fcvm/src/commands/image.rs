@@ -48,8 +48,10 @@ pub(crate) fn store(context: &Context) -> anyhow::Result<ImageStore> {
 pub(crate) fn in_use(context: &Context) -> anyhow::Result<impl Fn(&Digest) -> bool> {
     let records = context.state()?.all()?;
     let snapshots = context.snapshots().list()?;
+    // A start-up cache whose image is gone is of no use: it keeps none.
     let of_snapshots = snapshots
         .into_iter()
+        .filter(|listed| !crate::warm::is_cache(&listed.tag))
         .filter_map(|listed| Some(listed.snapshot.ok()?.manifest().fields.image_digest.clone()));
     let used: Vec<String> = records
         .into_iter()

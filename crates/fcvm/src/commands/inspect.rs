@@ -35,6 +35,7 @@ fn vm(store: &StateStore, record: &VmRecord) -> Value {
         "terminal": record.terminal,
         "remove_on_exit": record.remove_on_exit,
         "stop_signal": record.stop_signal,
+        "start_cache": record.start_cache,
         "start_timings": timings,
         "resources": record.resources,
         "log_path": paths.container_log(),

@@ -12,6 +12,7 @@ pub(crate) mod logs;
 pub(crate) mod ls;
 pub(crate) mod pool;
 pub(crate) mod preflight;
+pub(crate) mod prepare;
 pub(crate) mod run;
 pub(crate) mod sanity;
 pub(crate) mod setup;

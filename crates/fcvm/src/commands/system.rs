@@ -18,7 +18,7 @@ use crate::output::table;
 pub(crate) async fn run(context: &Context, command: SystemCommand) -> anyhow::Result<u8> {
     match command {
         SystemCommand::Df { format } => df(context, format),
-        SystemCommand::Prune { all, force } => prune(context, all, force),
+        SystemCommand::Prune { all, warm, force } => prune(context, all, warm || all, force),
     }
 }
 
@@ -93,7 +93,7 @@ fn measure(context: &Context) -> anyhow::Result<[Row; 5]> {
             total: context.snapshots().list()?.len(),
             active: 0,
             size_bytes: disk_bytes(context.snapshots().directory()),
-            reclaimable_bytes: 0,
+            reclaimable_bytes: crate::warm::disk_bytes(context)?,
         },
         Row {
             kind: "Kernels",
@@ -137,8 +137,8 @@ fn disk_bytes(path: &Path) -> u64 {
         .sum::<u64>()
 }
 
-fn prune(context: &Context, all: bool, force: bool) -> anyhow::Result<u8> {
-    if !force && !confirmed(all)? {
+fn prune(context: &Context, all: bool, warm: bool, force: bool) -> anyhow::Result<u8> {
+    if !force && !confirmed(all, warm)? {
         bail!("nothing was removed");
     }
     let store = context.state()?;
@@ -162,6 +162,11 @@ fn prune(context: &Context, all: bool, force: bool) -> anyhow::Result<u8> {
     if swept.folder_count > 0 {
         println!("Removed {} unfinished snapshots", swept.folder_count);
     }
+    let caches = crate::warm::prune(context, warm)?;
+    caches
+        .tags
+        .iter()
+        .for_each(|tag| println!("Removed start-up cache {tag}"));
     leftovers
         .iter()
         .for_each(|path| println!("Removed leftover {}", path.display()));
@@ -174,8 +179,8 @@ fn prune(context: &Context, all: bool, force: bool) -> anyhow::Result<u8> {
         Some(mkfs) => ScratchStore::new(context.data_dir.join("disks"), mkfs).prune()?,
         None => 0,
     };
-    let freed =
-        ByteSize::from_bytes(vms_freed + swept.freed_bytes + images.freed_bytes + templates);
+    let freed = vms_freed + swept.freed_bytes + caches.freed_bytes + images.freed_bytes + templates;
+    let freed = ByteSize::from_bytes(freed);
     println!(
         "{vms} VMs, {} images and {} leftovers removed, {freed} freed",
         images.images.len(),
@@ -184,7 +189,7 @@ fn prune(context: &Context, all: bool, force: bool) -> anyhow::Result<u8> {
     Ok(crate::EXIT_SUCCESS)
 }
 
-fn confirmed(all: bool) -> anyhow::Result<bool> {
+fn confirmed(all: bool, warm: bool) -> anyhow::Result<bool> {
     if !std::io::stdin().is_terminal() {
         bail!("this removes what nothing uses: say so with --force where nobody can be asked");
     }
@@ -193,7 +198,8 @@ fn confirmed(all: bool) -> anyhow::Result<bool> {
     } else {
         "nameless images"
     };
-    print!("Remove all VMs that have ended, {images} and temporary files? [y/N] ");
+    let caches = if warm { "all start-up caches, " } else { "" };
+    print!("Remove all VMs that have ended, {images}, {caches}and temporary files? [y/N] ");
     std::io::stdout().flush()?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer)?;

@@ -324,7 +324,10 @@ pub(crate) fn qemu(context: &Context) -> anyhow::Result<Qemu> {
 }
 
 /// The accelerator to use.
-fn accelerator(context: &Context, choice: AcceleratorChoice) -> anyhow::Result<Accelerator> {
+pub(crate) fn accelerator(
+    context: &Context,
+    choice: AcceleratorChoice,
+) -> anyhow::Result<Accelerator> {
     let probe = crate::commands::setup::probe(context);
     let tcg = Accelerator::Tcg {
         tsc_khz: probe.tsc_khz,

@@ -19,6 +19,7 @@ pub(crate) mod spec;
 pub(crate) mod standby;
 mod supervisor;
 mod vm;
+pub(crate) mod warm;
 
 use std::fs::File;
 use std::io::Write;
@@ -39,7 +40,7 @@ use crate::handover::Handover;
 use crate::signals::{Arrived, Forwarded};
 use crate::state::{StateStore, VmPaths, this_process};
 use link::{AgentLink, AgentStream};
-pub(crate) use machine::qemu;
+pub(crate) use machine::{accelerator, qemu};
 pub(crate) use request::OwnerRequest;
 use slot::MachineSlot;
 use spec::{Readiness, VmSpec};
@@ -58,6 +59,8 @@ pub(crate) enum Front {
         /// Where the line goes.
         report: File,
     },
+    /// Nobody.
+    Nobody,
 }
 
 /// What a VM begins with.
@@ -68,6 +71,8 @@ pub(crate) enum Origin {
     Clone(clone::Source),
     /// A clone that was made ready ahead.
     Ready(Box<standby::Ready>),
+    /// The started state that the start-up cache has, or its kernel where it has none.
+    Warm(Box<warm::Cache>),
 }
 
 /// Runs a VM to its end; gives the exit code for the command line.
@@ -85,21 +90,11 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
     let (mut report, interactive) = match front {
         Front::Terminal { interactive } => (None, Some(interactive)),
         Front::Detached { report } => (Some(report), None),
+        Front::Nobody => (None, None),
     };
     let started = start(context, &spec, origin, report.is_some()).await;
     if let Some(report) = &mut report {
-        let readiness = match &started {
-            Ok(_) => Readiness::Started,
-            Err(error) => Readiness::Failed {
-                code: error.downcast_ref().map_or(
-                    crate::errors::EXIT_FCVM_FAILED,
-                    |exit: &crate::errors::ExitError| exit.code,
-                ),
-                message: crate::errors::one_line(error),
-            },
-        };
-        // The command may have been killed meanwhile; the VM was asked for all the same.
-        let _ = writeln!(report, "{}", serde_json::to_string(&readiness)?);
+        tell(report, &started)?;
     }
     drop(report);
     let Started {
@@ -110,6 +105,7 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
         signals,
         stop_requests,
         console,
+        cache,
     } = started?;
     let local = match interactive {
         Some(interactive) => Some(LocalIo::start(
@@ -134,11 +130,22 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
             health::watch(Rc::clone(&vm), check, spec.process.clone()).in_current_span(),
         )
     });
+    let keeping = cache.map(|cache| {
+        warm::Keeping::start(
+            cache,
+            Rc::clone(&vm),
+            spec.clone(),
+            entry.paths.fork_socket(),
+        )
+    });
     let log = log::ContainerLog::create(&entry.paths.container_log())?;
     let supervisor = Supervisor::new(&vm, &spec, stream, signals, stop_requests, local, log);
     let ending = supervisor.run().await;
     health.inspect(|task| task.abort());
     control.abort();
+    if let Some(keeping) = keeping {
+        keeping.end().await;
+    }
     forks.abort();
     reserve.abort();
     network.abort();
@@ -152,6 +159,23 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
     }
 }
 
+/// Tells the command that started this owner how it went.
+fn tell(report: &mut File, started: &anyhow::Result<Started>) -> anyhow::Result<()> {
+    let readiness = match started {
+        Ok(_) => Readiness::Started,
+        Err(error) => Readiness::Failed {
+            code: error.downcast_ref().map_or(
+                crate::errors::EXIT_FCVM_FAILED,
+                |exit: &crate::errors::ExitError| exit.code,
+            ),
+            message: crate::errors::one_line(error),
+        },
+    };
+    // The command may have been killed meanwhile; the VM was asked for all the same.
+    let _ = writeln!(report, "{}", serde_json::to_string(&readiness)?);
+    Ok(())
+}
+
 /// A VM whose container has started.
 struct Started {
     entry: Entry,
@@ -161,6 +185,7 @@ struct Started {
     signals: Forwarded,
     stop_requests: tokio::sync::mpsc::UnboundedReceiver<Option<u32>>,
     console: tokio::task::JoinHandle<()>,
+    cache: Option<Box<warm::Cache>>,
 }
 
 /// The data path of `run`, on the way down.
@@ -179,6 +204,10 @@ async fn start(
             let lineage = Some(source.lineage.clone());
             let place = Place::new(context, spec, lineage, VmState::Created)?;
             (place, Step::Clone(source))
+        }
+        Origin::Warm(cache) => {
+            let place = Place::new(context, spec, None, VmState::Created)?;
+            (place, Step::Warm(cache))
         }
         Origin::Ready(ready) => {
             let (place, stage) = ready.assigned(spec)?;
@@ -202,14 +231,19 @@ async fn start(
     };
     let build = async {
         match step {
-            Step::Boot => boot::build(context, spec, &mut entry, &mut watch).await,
-            Step::Clone(source) => {
-                clone::build(context, spec, source, &mut entry, &mut watch).await
+            Step::Boot => {
+                let built = boot::build(context, spec, &mut entry, &mut watch).await?;
+                Ok((built, None))
             }
-            Step::GoOn(stage) => stage.go_on(spec, &entry, &mut watch).await,
+            Step::Clone(source) => {
+                let built = clone::build(context, spec, source, &mut entry, &mut watch).await?;
+                Ok((built, None))
+            }
+            Step::Warm(cache) => warm::build(context, spec, cache, &mut entry, &mut watch).await,
+            Step::GoOn(stage) => Ok((stage.go_on(spec, &entry, &mut watch).await?, None)),
         }
     };
-    let built = tokio::select! {
+    let (built, cache): (Built, _) = tokio::select! {
         built = build => built?,
         signal = interrupted => {
             return Err(crate::errors::ExitError {
@@ -225,13 +259,16 @@ async fn start(
     record.health = spec.health.as_ref().map(|_| Health::Starting);
     record.timings_us = watch.laps;
     entry.store.write(&record)?;
-    Ok(started(context, spec, entry, record, built, signals))
+    let mut started = started(context, spec, entry, record, built, signals);
+    started.cache = cache;
+    Ok(started)
 }
 
 /// What is to be done for the container to run.
 enum Step {
     Boot,
     Clone(clone::Source),
+    Warm(Box<warm::Cache>),
     GoOn(Box<standby::Stage>),
 }
 
@@ -297,6 +334,7 @@ fn started(
         link,
         stop_requests: stop,
         pausing: false.into(),
+        changed: tokio::sync::Notify::new(),
         freezing: tokio::sync::Mutex::new(()),
         reserves: reserve::Reserves::new(context, spec),
         out_of_space: false.into(),
@@ -312,6 +350,7 @@ fn started(
         signals,
         stop_requests,
         console,
+        cache: None,
     }
 }
 
@@ -428,6 +467,16 @@ impl Entry {
         self.store.write(&self.record)
     }
 
+    /// Removes what an attempt left whose guards are dropped, for another one.
+    fn begin_again(&mut self) -> anyhow::Result<()> {
+        let _ = std::fs::remove_dir_all(&self.paths.runtime);
+        self.update(|record| {
+            record.state = VmState::Created;
+            record.lineage = None;
+            record.resources.clear();
+        })
+    }
+
     /// Enters a resource before it exists.
     fn note(&mut self, resource: Resource) -> anyhow::Result<()> {
         self.update(|record| record.resources.push(resource))
@@ -491,6 +540,7 @@ fn first_record(spec: &VmSpec, owner: ProcessIdentity) -> VmRecord {
         error: None,
         health: None,
         lineage: None,
+        start_cache: None,
         timings_us: Vec::new(),
         resources: Vec::new(),
     }

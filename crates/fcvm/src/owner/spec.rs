@@ -49,6 +49,9 @@ pub(crate) struct VmSpec {
     /// Clones that are to be ready before they are asked for.
     #[serde(default)]
     pub(crate) standby: u16,
+    /// Key of the start-up cache, where one is wanted: 64 hexadecimal characters.
+    #[serde(default)]
+    pub(crate) warm: Option<String>,
     /// Stages before the owner began, microseconds.
     pub(crate) timings_us: Vec<(String, u64)>,
 }

@@ -36,6 +36,8 @@ pub(super) struct RunningVm {
     pub(super) freezing: tokio::sync::Mutex<()>,
     /// Clones that are ready before they are asked for.
     pub(super) reserves: Reserves,
+    /// Told when the record changes.
+    pub(super) changed: tokio::sync::Notify,
     /// The machine stopped because the host had no space for its disk.
     pub(super) out_of_space: Cell<bool>,
 }
@@ -52,6 +54,7 @@ impl RunningVm {
         if *record == before {
             return;
         }
+        self.changed.notify_waiters();
         if let Err(error) = self.store.write(&record) {
             // The VM goes on: a full disk must not end what runs.
             tracing::warn!(target: "vm", "{error:#}");

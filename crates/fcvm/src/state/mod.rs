@@ -364,6 +364,7 @@ pub(crate) mod tests {
             error: None,
             health: None,
             lineage: None,
+            start_cache: None,
             timings_us: Vec::new(),
             resources: Vec::new(),
         };

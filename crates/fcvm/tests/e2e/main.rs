@@ -28,3 +28,4 @@ mod run;
 mod snapshot;
 mod terminal;
 mod tty;
+mod warm;

@@ -329,3 +329,20 @@ fn a_snapshot_whose_command_is_killed_is_not_there() {
     lab.ok(&["system", "prune", "--force"]);
     lab.finish();
 }
+
+/// Changes what the manifest of a snapshot tells, its checksum included.
+pub(crate) fn change_manifest(
+    folder: &std::path::Path,
+    change: impl FnOnce(&mut serde_json::Value),
+) {
+    let path = folder.join("manifest.json");
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut manifest["snapshot"]);
+    let snapshot = manifest["snapshot"].to_string();
+    let version = &manifest["version"];
+    let sum = crc32c::crc32c(snapshot.as_bytes());
+    let text =
+        format!("{{\"version\":{version},\"crc32c\":\"{sum:08x}\",\"snapshot\":{snapshot}}}\n");
+    fs::write(&path, text).unwrap();
+}

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::args::run::RunArguments;
+use crate::args::run::StartArguments;
 use crate::owner::spec::{HealthCheck, HealthProbe};
 
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(30);
@@ -13,7 +13,7 @@ const IMAGE_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 /// The check, if there is to be one. As with Docker each option replaces the image's own value.
 pub(super) fn check(
-    arguments: &RunArguments,
+    arguments: &StartArguments,
     image: Option<&fcvm_image::store::HealthCheck>,
 ) -> Option<HealthCheck> {
     if arguments.no_healthcheck {

@@ -5,13 +5,16 @@ use std::path::PathBuf;
 use fcvm_image::{Image, StoreError};
 
 use super::process::ImageProcess;
-use crate::args::run::{PullPolicy, RunArguments};
+use crate::args::run::{PullPolicy, StartArguments};
 use crate::commands::image::{PullSettings, pull_one, store};
 use crate::context::Context;
 use crate::progress::Shown;
 
 /// The image that the command line names.
-pub(super) async fn resolve(context: &Context, arguments: &RunArguments) -> anyhow::Result<Image> {
+pub(super) async fn resolve(
+    context: &Context,
+    arguments: &StartArguments,
+) -> anyhow::Result<Image> {
     let store = store(context)?;
     let missing = match store.resolve(&arguments.image) {
         Ok(image) if arguments.pull != PullPolicy::Always => return Ok(image),

@@ -4,6 +4,7 @@ pub(crate) mod capabilities;
 mod health;
 mod image;
 pub(crate) mod process;
+pub(super) mod warm;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,7 +21,7 @@ use crate::args::run::{HypervisorChoice, NetworkMode, RunArguments};
 use crate::context::Context;
 use crate::errors::ExitError;
 use crate::owner::spec::{Readiness, VmSpec};
-use crate::owner::{self, Front, Origin, Stopwatch};
+use crate::owner::{self, Front, Stopwatch};
 use crate::state::{StateStore, random};
 
 /// Less does not boot a kernel with its initramfs.
@@ -44,7 +45,10 @@ pub(crate) async fn run(context: &Context, arguments: RunArguments) -> anyhow::R
             );
         }
     }
-    let spec = make_spec(context, &store, &arguments).await?;
+    let mut spec = make_spec(context, &store, &arguments).await?;
+    if arguments.warm {
+        spec.warm = Some(crate::warm::key(context, &spec)?);
+    }
     let id = spec.id.clone();
     let cidfile = arguments
         .cidfile
@@ -56,10 +60,11 @@ pub(crate) async fn run(context: &Context, arguments: RunArguments) -> anyhow::R
         println!("{id}");
         crate::EXIT_SUCCESS
     } else {
+        let origin = warm::origin(context, &mut spec).await?;
         owner::run(
             context,
             spec,
-            Origin::Boot,
+            origin,
             Front::Terminal {
                 interactive: arguments.interactive,
             },
@@ -73,33 +78,38 @@ pub(crate) async fn run(context: &Context, arguments: RunArguments) -> anyhow::R
 }
 
 /// What other versions have is refused, never ignored.
-fn refuse_what_is_not_there(arguments: &RunArguments) -> anyhow::Result<()> {
+pub(super) fn refuse_what_is_not_there(arguments: &RunArguments) -> anyhow::Result<()> {
     if !arguments.volume.is_empty() {
         bail!(
             "volumes (-v, --volume, --map) are not in this version yet: 'fcvm cp' brings files into a running VM"
         );
     }
-    if arguments.network == NetworkMode::Bridged {
+    if arguments.start.network == NetworkMode::Bridged {
         bail!("--network bridged is not in this version yet: rootless and none are");
     }
-    if arguments.hypervisor == HypervisorChoice::Firecracker {
+    if arguments.start.hypervisor == HypervisorChoice::Firecracker {
         bail!("--hypervisor firecracker is not in this version yet: qemu is");
     }
-    if arguments.network == NetworkMode::None && !arguments.publish.is_empty() {
+    if arguments.start.network == NetworkMode::None && !arguments.publish.is_empty() {
         bail!(
             "a VM without a network cannot publish ports: leave out -p, or choose --network rootless"
         );
     }
-    if arguments.memory < MIN_MEMORY {
+    if arguments.start.memory < MIN_MEMORY {
         bail!(
             "{} of memory is too little to boot: --memory {MIN_MEMORY} is the least",
-            arguments.memory
+            arguments.start.memory
         );
     }
-    if arguments.disk_size < MIN_DISK {
+    if arguments.start.disk_size < MIN_DISK {
         bail!(
             "a disk of {} is too small: --disk-size {MIN_DISK} is the least",
-            arguments.disk_size
+            arguments.start.disk_size
+        );
+    }
+    if arguments.warm && (arguments.tty || arguments.interactive) {
+        bail!(
+            "--warm restores a container that nobody types into: leave out -i and -t, or --warm, and use 'fcvm exec -it'"
         );
     }
     if arguments.tty && arguments.interactive && arguments.detach {
@@ -110,16 +120,16 @@ fn refuse_what_is_not_there(arguments: &RunArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn make_spec(
+pub(super) async fn make_spec(
     context: &Context,
     store: &StateStore,
     arguments: &RunArguments,
 ) -> anyhow::Result<VmSpec> {
     let mut watch = Stopwatch::new(Vec::new());
-    let kernel = super::setup::guest_kernel(context, arguments.kernel.as_deref())?;
+    let kernel = super::setup::guest_kernel(context, arguments.start.kernel.as_deref())?;
     let initramfs = super::setup::initramfs(context, &kernel)?;
     watch.lap("kernel");
-    let image = image::resolve(context, arguments).await?;
+    let image = image::resolve(context, &arguments.start).await?;
     watch.lap("image");
     let root_image = image::root_image(context, &image)?;
     watch.lap("root image");
@@ -142,34 +152,35 @@ async fn make_spec(
         .unwrap_or("TERM");
     Ok(VmSpec {
         hostname: hostname.clone(),
-        image: image::shown_name(&image, &arguments.image),
+        image: image::shown_name(&image, &arguments.start.image),
         image_digest: image::digest(&image),
         root_image,
         kernel: kernel.vmlinux.clone(),
         initramfs,
         stop_signal: crate::signals::parse(stop_signal)?,
         process: process::plan(config, arguments, &hostname)?,
-        read_only: arguments.read_only,
-        privileged: arguments.privileged,
+        read_only: arguments.start.read_only,
+        privileged: arguments.start.privileged,
         extra_hosts: arguments
             .add_host
             .iter()
             .map(|text| parse_host(text))
             .collect::<anyhow::Result<_>>()?,
-        cpu_count: arguments.cpus,
-        memory_bytes: arguments.memory.mib_rounded_up() << 20,
-        disk_bytes: arguments.disk_size.mib_rounded_up() << 20,
-        accelerator: arguments.accel,
-        network: arguments.network,
+        cpu_count: arguments.start.cpus,
+        memory_bytes: arguments.start.memory.mib_rounded_up() << 20,
+        disk_bytes: arguments.start.disk_size.mib_rounded_up() << 20,
+        accelerator: arguments.start.accel,
+        network: arguments.start.network,
         ports: arguments.publish.clone(),
         dns_servers: arguments.dns.clone(),
         labels: labels(&arguments.label)?,
         remove_on_exit: arguments.rm,
         stop_timeout: std::time::Duration::from_secs(arguments.stop_timeout.into()),
-        boot_timeout: arguments.boot_timeout,
-        health: health::check(arguments, image.health_check.as_ref()),
+        boot_timeout: arguments.start.boot_timeout,
+        health: health::check(&arguments.start, image.health_check.as_ref()),
         on_fork: arguments.on_fork.clone(),
         standby: arguments.standby,
+        warm: None,
         timings_us: watch.laps,
         id,
         name,
@@ -247,10 +258,11 @@ fn detach(context: &Context, spec: &VmSpec) -> anyhow::Result<()> {
 
 /// `fcvm owner`: the other side of `detach`.
 pub(crate) async fn owner(context: &Context) -> anyhow::Result<u8> {
-    let spec: VmSpec = serde_json::from_reader(std::io::stdin().lock())
+    let mut spec: VmSpec = serde_json::from_reader(std::io::stdin().lock())
         .context("this command is for fcvm's own use")?;
     let report = leave_command()?;
-    owner::run(context, spec, Origin::Boot, Front::Detached { report }).await
+    let origin = warm::origin(context, &mut spec).await?;
+    owner::run(context, spec, origin, Front::Detached { report }).await
 }
 
 /// Leaves the session, the process group and the standard streams of the command that started this

@@ -30,7 +30,11 @@ pub(crate) fn plan(
     arguments: &RunArguments,
     hostname: &str,
 ) -> anyhow::Result<ProcessPlan> {
-    let args = command_line(&image, arguments.entrypoint.as_deref(), &arguments.command)?;
+    let args = command_line(
+        &image,
+        arguments.start.entrypoint.as_deref(),
+        &arguments.start.command,
+    )?;
     let mut env = vec![
         DEFAULT_PATH.to_owned(),
         "container=fcvm".to_owned(),
@@ -39,15 +43,14 @@ pub(crate) fn plan(
     if arguments.tty {
         terminal_environment(&mut env);
     }
-    for entry in image
-        .env
-        .into_iter()
-        .chain(environment(&arguments.env_file, &arguments.env)?)
-    {
+    for entry in image.env.into_iter().chain(environment(
+        &arguments.start.env_file,
+        &arguments.start.env,
+    )?) {
         set(&mut env, entry);
     }
     let mut no_new_privileges = false;
-    for option in &arguments.security_opt {
+    for option in &arguments.start.security_opt {
         match option.as_str() {
             "no-new-privileges" | "no-new-privileges:true" | "no-new-privileges=true" => {
                 no_new_privileges = true
@@ -59,16 +62,16 @@ pub(crate) fn plan(
     Ok(ProcessPlan {
         args,
         env,
-        cwd: arguments.workdir.clone().unwrap_or(image.working_dir),
-        user: arguments.user.clone().unwrap_or(image.user),
+        cwd: arguments.start.workdir.clone().unwrap_or(image.working_dir),
+        user: arguments.start.user.clone().unwrap_or(image.user),
         terminal: arguments.tty.then(terminal_size),
         stdin: arguments.interactive,
         capabilities: capabilities::resolve(
-            &arguments.cap_add,
-            &arguments.cap_drop,
-            arguments.privileged,
+            &arguments.start.cap_add,
+            &arguments.start.cap_drop,
+            arguments.start.privileged,
         )?,
-        rlimits: rlimits(&arguments.ulimit)?,
+        rlimits: rlimits(&arguments.start.ulimit)?,
         no_new_privileges,
     })
 }

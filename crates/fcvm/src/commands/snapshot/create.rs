@@ -28,7 +28,7 @@ use crate::template::{
 const COMPARED_BYTES: usize = 1 << 20;
 
 /// A VM as of one instant, as its owner has handed it on.
-struct Kept {
+pub(crate) struct Kept {
     offer: Offer,
     template: Template,
     state: StateOfVm,
@@ -37,6 +37,12 @@ struct Kept {
 }
 
 pub(super) async fn run(context: &Context, arguments: &CreateArguments) -> anyhow::Result<u8> {
+    if crate::warm::is_cache(&arguments.tag) {
+        bail!(
+            "tags like '{}' are those of start-up caches: choose another tag",
+            arguments.tag
+        );
+    }
     let state = context.state()?;
     let record = state.find(&arguments.vm)?;
     check_state(&record)?;
@@ -63,7 +69,7 @@ pub(super) async fn run(context: &Context, arguments: &CreateArguments) -> anyho
 }
 
 /// Asks for the VM's state.
-async fn keep(socket: &std::path::Path, record: &VmRecord) -> anyhow::Result<Kept> {
+pub(crate) async fn keep(socket: &std::path::Path, record: &VmRecord) -> anyhow::Result<Kept> {
     let ending = || {
         format!(
             "VM '{}' is ending, or its owner does not answer",
@@ -112,7 +118,8 @@ fn parent(store: &SnapshotStore, record: &VmRecord) -> Option<Snapshot> {
     (found.manifest().id.as_str() == id).then_some(found)
 }
 
-fn write(
+/// Writes all of it but the manifest, whose fields it gives.
+pub(crate) fn write(
     draft: &mut Draft,
     record: &VmRecord,
     spec: &VmSpec,
@@ -156,7 +163,7 @@ fn write(
 
 /// What of the host's processor a snapshot depends on: with KVM the guest has seen its model and its
 /// features, while QEMU's own processor is the same everywhere.
-pub(super) fn host_cpu(accelerator: Accelerator) -> String {
+pub(crate) fn host_cpu(accelerator: Accelerator) -> String {
     match accelerator {
         Accelerator::Tcg { .. } => "QEMU's own".to_owned(),
         Accelerator::Kvm => {

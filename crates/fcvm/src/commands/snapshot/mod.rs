@@ -1,6 +1,6 @@
 //! `fcvm snapshot`: the state of VMs, kept.
 
-mod create;
+pub(crate) mod create;
 mod serve;
 
 use std::fs::File;
@@ -143,7 +143,7 @@ fn rm(context: &Context, arguments: &RmArguments) -> anyhow::Result<u8> {
 }
 
 /// Reads a snapshot into memory and checks that this host can run it.
-fn load(store: &SnapshotStore, tag: &SnapshotTag) -> anyhow::Result<Loaded> {
+pub(crate) fn load(store: &SnapshotStore, tag: &SnapshotTag) -> anyhow::Result<Loaded> {
     let snapshot = store.open(tag)?;
     let fields = &snapshot.manifest().fields;
     let told = |what: &str| format!("the snapshot '{tag}' has {what} that this fcvm does not know");

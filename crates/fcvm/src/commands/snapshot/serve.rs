@@ -28,13 +28,13 @@ use crate::template::{Template, Waiting, all_waiting, send_offer, send_state};
 const BUSY_LIMIT: Duration = Duration::from_secs(2);
 
 /// A snapshot in memory.
-pub(super) struct Loaded {
+pub(crate) struct Loaded {
     pub(super) tag: SnapshotTag,
     pub(super) id: String,
     /// The VM that it is of.
     pub(super) source: VmId,
     pub(super) source_name: VmName,
-    pub(super) spec: VmSpec,
+    pub(crate) spec: VmSpec,
     pub(super) accelerator: Accelerator,
     pub(super) device_line: DeviceLine,
     pub(super) template: Template,
@@ -51,7 +51,7 @@ pub(crate) struct Served {
 
 impl Loaded {
     /// What clones of it have in common.
-    pub(super) fn served(&self, serve: Option<ProcessIdentity>) -> Served {
+    pub(crate) fn served(&self, serve: Option<ProcessIdentity>) -> Served {
         Served {
             spec: self.spec.clone(),
             lineage: Lineage {
@@ -68,7 +68,7 @@ impl Loaded {
     }
 
     /// Gives the state to clones; gives the channels of those that got it.
-    pub(super) async fn give(&self, channels: Vec<Handover>) -> Vec<Handover> {
+    pub(crate) async fn give(&self, channels: Vec<Handover>) -> Vec<Handover> {
         for channel in &channels {
             // One whose owner has ended is found out below.
             let _ = send_offer(channel, self.accelerator, &self.device_line, &self.template);
