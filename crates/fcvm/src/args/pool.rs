@@ -157,6 +157,28 @@ pub(crate) enum PoolCommand {
         #[arg(long, value_enum)]
         checksum: Switch,
     },
+    #[command(flatten)]
+    Mount(MountCommand),
+    /// Read everything that has a checksum, repair what can be repaired, list what is lost
+    Scrub {
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// Count all references anew and compare
+    Check {
+        /// Make the counts what was found
+        #[arg(long)]
+        repair: bool,
+        /// Form of the output
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+}
+
+/// The verbs that have to do with mounts.
+#[derive(Debug, Subcommand)]
+pub(crate) enum MountCommand {
     /// Show the pool as a directory: datasets are directories, objects are files, 'cp' clones
     Mount {
         /// Directory; it is made if need be
@@ -183,20 +205,5 @@ pub(crate) enum PoolCommand {
         /// Another server did until now
         #[arg(long)]
         takeover: bool,
-    },
-    /// Read everything that has a checksum, repair what can be repaired, list what is lost
-    Scrub {
-        /// Form of the output
-        #[arg(long, value_enum, default_value = "table")]
-        format: Format,
-    },
-    /// Count all references anew and compare
-    Check {
-        /// Make the counts what was found
-        #[arg(long)]
-        repair: bool,
-        /// Form of the output
-        #[arg(long, value_enum, default_value = "table")]
-        format: Format,
     },
 }

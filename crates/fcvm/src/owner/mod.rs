@@ -114,22 +114,9 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
         )?),
         None => None,
     };
-    let network = tokio::task::spawn_local(watch_network(Rc::clone(&vm)).in_current_span());
-    let watched = Rc::clone(&vm);
-    let disks =
-        tokio::task::spawn_local(async move { watched.watch_disks().await }.in_current_span());
     let control =
         tokio::task::spawn_local(control::serve(sockets.control, Rc::clone(&vm)).in_current_span());
-    let forks =
-        tokio::task::spawn_local(fork::serve(sockets.fork, Rc::clone(&vm)).in_current_span());
-    let reserve = Rc::clone(&vm);
-    let reserve =
-        tokio::task::spawn_local(async move { reserve.fill_reserve().await }.in_current_span());
-    let health = spec.health.clone().map(|check| {
-        tokio::task::spawn_local(
-            health::watch(Rc::clone(&vm), check, spec.process.clone()).in_current_span(),
-        )
-    });
+    let attending = attend(&vm, &spec, sockets.fork);
     let keeping = cache.map(|cache| {
         warm::Keeping::start(
             cache,
@@ -141,15 +128,11 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
     let log = log::ContainerLog::create(&entry.paths.container_log())?;
     let supervisor = Supervisor::new(&vm, &spec, stream, signals, stop_requests, local, log);
     let ending = supervisor.run().await;
-    health.inspect(|task| task.abort());
     control.abort();
     if let Some(keeping) = keeping {
         keeping.end().await;
     }
-    forks.abort();
-    reserve.abort();
-    network.abort();
-    disks.abort();
+    attending.iter().for_each(tokio::task::JoinHandle::abort);
     supervisor::power_off(&vm, &ending).await;
     console.abort();
     entry.finish(&vm.record.borrow(), &ending)?;
@@ -157,6 +140,26 @@ async fn own(context: &Context, spec: VmSpec, origin: Origin, front: Front) -> a
         Ending::Exited(status) => Ok(status.shell_code()),
         Ending::Lost(reason) => anyhow::bail!("VM '{}' was lost: {reason}", spec.name),
     }
+}
+
+/// Starts what goes on beside the container.
+fn attend(
+    vm: &Rc<RunningVm>,
+    spec: &VmSpec,
+    forks: fork::Listener,
+) -> Vec<tokio::task::JoinHandle<()>> {
+    let [disks, reserve] = [(); 2].map(|()| Rc::clone(vm));
+    let mut tasks = vec![
+        tokio::task::spawn_local(watch_network(Rc::clone(vm)).in_current_span()),
+        tokio::task::spawn_local(async move { disks.watch_disks().await }.in_current_span()),
+        tokio::task::spawn_local(fork::serve(forks, Rc::clone(vm)).in_current_span()),
+        tokio::task::spawn_local(async move { reserve.fill_reserve().await }.in_current_span()),
+    ];
+    if let Some(check) = spec.health.clone() {
+        let watch = health::watch(Rc::clone(vm), check, spec.process.clone());
+        tasks.push(tokio::task::spawn_local(watch.in_current_span()));
+    }
+    tasks
 }
 
 /// Tells the command that started this owner how it went.
@@ -195,25 +198,7 @@ async fn start(
     origin: Origin,
     detached: bool,
 ) -> anyhow::Result<Started> {
-    let (place, step) = match origin {
-        Origin::Boot => {
-            let place = Place::new(context, spec, None, VmState::Created)?;
-            (place, Step::Boot)
-        }
-        Origin::Clone(source) => {
-            let lineage = Some(source.lineage.clone());
-            let place = Place::new(context, spec, lineage, VmState::Created)?;
-            (place, Step::Clone(source))
-        }
-        Origin::Warm(cache) => {
-            let place = Place::new(context, spec, None, VmState::Created)?;
-            (place, Step::Warm(cache))
-        }
-        Origin::Ready(ready) => {
-            let (place, stage) = ready.assigned(spec)?;
-            (place, Step::GoOn(Box::new(stage)))
-        }
-    };
+    let (place, step) = first_step(context, spec, origin)?;
     let Place {
         mut entry,
         mut watch,
@@ -270,6 +255,23 @@ enum Step {
     Clone(clone::Source),
     Warm(Box<warm::Cache>),
     GoOn(Box<standby::Stage>),
+}
+
+/// The VM's place, a new one or that of a clone that was ready, and what is to be done there.
+fn first_step(context: &Context, spec: &VmSpec, origin: Origin) -> anyhow::Result<(Place, Step)> {
+    let new = |lineage| Place::new(context, spec, lineage, VmState::Created);
+    Ok(match origin {
+        Origin::Boot => (new(None)?, Step::Boot),
+        Origin::Clone(source) => {
+            let lineage = source.lineage.clone();
+            (new(Some(lineage))?, Step::Clone(source))
+        }
+        Origin::Warm(cache) => (new(None)?, Step::Warm(cache)),
+        Origin::Ready(ready) => {
+            let (place, stage) = ready.assigned(spec)?;
+            (place, Step::GoOn(Box::new(stage)))
+        }
+    })
 }
 
 /// What an owner has before it acquires anything else.

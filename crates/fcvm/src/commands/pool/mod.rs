@@ -41,20 +41,17 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
         PoolCommand::Import { file, name } => import(&open(&path)?, &file, &name)?,
         PoolCommand::Export { name, file } => export(&open(&path)?, &name, &file)?,
         PoolCommand::Clone { source, target } => {
-            let pool = open(&path)?;
-            pool.clone_object(&source.parse()?, &target.parse()?)?;
-            pool.flush()?;
+            let (source, target) = (source.parse()?, target.parse()?);
+            change(&path, |pool| pool.clone_object(&source, &target))?;
         }
         PoolCommand::Snapshot { name } => {
-            let pool = open(&path)?;
-            let count = pool.snapshot(&name.parse()?)?;
-            pool.flush()?;
+            let snapshot = name.parse()?;
+            let count = change(&path, |pool| pool.snapshot(&snapshot))?;
             println!("{name}: {}", objects(count));
         }
         PoolCommand::Rollback { name } => {
-            let pool = open(&path)?;
-            let count = pool.rollback(&name.parse()?)?;
-            pool.flush()?;
+            let snapshot = name.parse()?;
+            let count = change(&path, |pool| pool.rollback(&snapshot))?;
             println!("{name}: {}", objects(count));
         }
         PoolCommand::Destroy { recursive, names } => destroy(&open(&path)?, &names, recursive)?,
@@ -89,24 +86,24 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
             format,
         )?,
         PoolCommand::Set { dataset, checksum } => {
-            let pool = open(&path)?;
-            let options = DatasetOptions {
-                checksum: checksum == Switch::On,
-            };
-            pool.set_options(&dataset.parse()?, options)?;
-            pool.flush()?;
+            let (dataset, checksum) = (dataset.parse()?, checksum == Switch::On);
+            change(&path, |pool| {
+                pool.set_options(&dataset, DatasetOptions { checksum })
+            })?;
         }
-        PoolCommand::Mount {
-            directory,
-            foreground,
-        } => return mount::mount(context, &path, &directory, foreground),
-        PoolCommand::Unmount { directory } => return mount::unmount(context, &directory),
-        PoolCommand::KeepMount { directory } => return mount::keeper(context, &path, &directory),
-        PoolCommand::ServeMount { takeover } => return mount::server(&path, takeover),
+        PoolCommand::Mount(command) => return mount::run(context, &path, command),
         PoolCommand::Scrub { format } => return scrub(&open(&path)?, format),
         PoolCommand::Check { repair, format } => return check(&path, repair, format),
     }
     Ok(crate::EXIT_SUCCESS)
+}
+
+/// Changes a pool, durably.
+fn change<T>(path: &Path, change: impl FnOnce(&Pool) -> blockpool::Result<T>) -> anyhow::Result<T> {
+    let pool = open(path)?;
+    let changed = change(&pool)?;
+    pool.flush()?;
+    Ok(changed)
 }
 
 fn objects(count: usize) -> String {

@@ -19,6 +19,7 @@ use blockpool::{FileDisk, Journal, Pool, PoolError};
 use blockpool_fuse::Options;
 use rustix::fs::MemfdFlags;
 
+use crate::args::pool::MountCommand;
 use crate::context::Context;
 use crate::errors::{EXIT_FCVM_FAILED, printable};
 
@@ -33,6 +34,19 @@ const LOG_BYTES_MAX: u64 = 1 << 20;
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Threads of a server. They wait for the disk more than they work.
 const THREAD_COUNT: usize = 8;
+
+/// Runs a verb that has to do with mounts.
+pub(super) fn run(context: &Context, pool: &Path, command: MountCommand) -> anyhow::Result<u8> {
+    match command {
+        MountCommand::Mount {
+            directory,
+            foreground,
+        } => mount(context, pool, &directory, foreground),
+        MountCommand::Unmount { directory } => unmount(context, &directory),
+        MountCommand::KeepMount { directory } => keeper(context, pool, &directory),
+        MountCommand::ServeMount { takeover } => server(pool, takeover),
+    }
+}
 
 /// `fcvm pool mount`.
 pub(crate) fn mount(
