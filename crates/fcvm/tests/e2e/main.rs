@@ -13,6 +13,7 @@ mod crash;
 mod debian;
 mod disk;
 mod exec;
+mod fault;
 mod fork;
 mod image;
 mod images;
