@@ -19,6 +19,7 @@ mod relay;
 mod report;
 mod session;
 mod streams;
+mod warm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,8 +37,8 @@ Usage: fcvm-bench [OPTIONS]
   --output FILE      results as JSON [default: target/bench-results.json]
   --rounds N         rounds of what is measured alternately [default: 7]
   --quick            a few samples of each of fork, clones and pause
-  --only NAME,...    boot, session, streams, memory, relay, conversion,
-                     fork, clones, pause [default: all]";
+  --only NAME,...    boot, warm, session, streams, memory, relay,
+                     conversion, fork, clones, pause [default: all]";
 
 /// What the command line asks for.
 struct Options {
@@ -99,6 +100,9 @@ fn run() -> anyhow::Result<()> {
             streams::measure(&lab, &vm, &mut report).context("streams")?;
         }
     }
+    if options.wants("warm") {
+        warm::measure(&lab, options.rounds, &mut report).context("warm")?;
+    }
     if options.wants("relay") {
         relay::measure(options.rounds, &mut report).context("relay")?;
     }
@@ -158,8 +162,9 @@ fn parse() -> anyhow::Result<Option<Options>> {
     if options.rounds == 0 {
         bail!("--rounds 0 measures nothing: 1 is the least");
     }
-    const PARTS: [&str; 9] = [
+    const PARTS: [&str; 10] = [
         "boot",
+        "warm",
         "session",
         "streams",
         "memory",

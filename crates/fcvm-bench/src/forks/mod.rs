@@ -185,7 +185,7 @@ impl Series {
 }
 
 /// The samples of each stage, in the order in which the stages came first.
-fn by_stage(all: &[&[(String, f64)]]) -> Vec<(String, Vec<f64>)> {
+pub(crate) fn by_stage(all: &[&[(String, f64)]]) -> Vec<(String, Vec<f64>)> {
     let mut stages: Vec<(String, Vec<f64>)> = Vec::new();
     for (stage, milliseconds) in all.iter().copied().flatten() {
         match stages.iter_mut().find(|(known, _)| known == stage) {
