@@ -74,6 +74,10 @@ pub(crate) enum Frame {
     },
 }
 
+fn put_number(bytes: &mut Vec<u8>, number: u64) {
+    bytes.extend_from_slice(&number.to_le_bytes());
+}
+
 fn put_name(bytes: &mut Vec<u8>, name: &str) {
     bytes.push(name.len() as u8);
     bytes.extend_from_slice(name.as_bytes());
@@ -88,10 +92,18 @@ fn put_origin(bytes: &mut Vec<u8>, origin: Origin) {
 impl Frame {
     fn encode(&self) -> (u32, Vec<u8>) {
         let mut bytes = Vec::new();
-        let number = |bytes: &mut Vec<u8>, number: u64| {
-            bytes.extend_from_slice(&number.to_le_bytes());
-        };
         let kind = match self {
+            Self::Begin { .. } | Self::Base { .. } | Self::Object { .. } => {
+                self.encode_thing(&mut bytes)
+            }
+            _ => self.encode_change(&mut bytes),
+        };
+        (kind, bytes)
+    }
+
+    /// What tells of the stream and of objects.
+    fn encode_thing(&self, bytes: &mut Vec<u8>) -> u32 {
+        match self {
             Self::Begin {
                 position,
                 object_count,
@@ -101,17 +113,17 @@ impl Frame {
                 from,
             } => {
                 bytes.extend_from_slice(&position.0.to_le_bytes());
-                number(&mut bytes, position.1);
+                put_number(bytes, position.1);
                 bytes.extend_from_slice(&object_count.to_le_bytes());
                 bytes.extend_from_slice(&base_count.to_le_bytes());
                 for name in [dataset, snapshot, from] {
-                    put_name(&mut bytes, name);
+                    put_name(bytes, name);
                 }
                 1
             }
             Self::Base { origin, name } => {
-                put_origin(&mut bytes, *origin);
-                put_name(&mut bytes, name);
+                put_origin(bytes, *origin);
+                put_name(bytes, name);
                 2
             }
             Self::Object {
@@ -129,18 +141,25 @@ impl Frame {
                 };
                 bytes.push(tag);
                 bytes.extend_from_slice(&of.to_le_bytes());
-                number(&mut bytes, *size_bytes);
-                number(&mut bytes, *unix_s as u64);
-                put_origin(&mut bytes, *origin);
-                put_name(&mut bytes, name);
+                put_number(bytes, *size_bytes);
+                put_number(bytes, *unix_s as u64);
+                put_origin(bytes, *origin);
+                put_name(bytes, name);
                 3
             }
+            _ => self.encode_change(bytes),
+        }
+    }
+
+    /// What changes an object, and ends.
+    fn encode_change(&self, bytes: &mut Vec<u8>) -> u32 {
+        match self {
             Self::Data {
                 record,
                 map,
                 blocks,
             } => {
-                number(&mut bytes, *record);
+                put_number(bytes, *record);
                 bytes.extend_from_slice(&map.to_le_bytes());
                 bytes.extend_from_slice(blocks);
                 4
@@ -149,8 +168,8 @@ impl Frame {
                 first_block,
                 block_count,
             } => {
-                number(&mut bytes, *first_block);
-                number(&mut bytes, *block_count);
+                put_number(bytes, *first_block);
+                put_number(bytes, *block_count);
                 5
             }
             Self::Reference {
@@ -159,24 +178,24 @@ impl Frame {
                 place,
                 place_first,
             } => {
-                number(&mut bytes, *first);
-                number(&mut bytes, *count);
+                put_number(bytes, *first);
+                put_number(bytes, *count);
                 let (tag, of) = match *place {
                     Place::Base(of) => (1, of),
                     Place::Object(of) => (2, of),
                 };
                 bytes.push(tag);
                 bytes.extend_from_slice(&of.to_le_bytes());
-                number(&mut bytes, *place_first);
+                put_number(bytes, *place_first);
                 6
             }
             Self::ObjectEnd => 7,
             Self::End { data_blocks } => {
-                number(&mut bytes, *data_blocks);
+                put_number(bytes, *data_blocks);
                 8
             }
-        };
-        (kind, bytes)
+            _ => 0,
+        }
     }
 
     /// None where the content is not one of that type.

@@ -88,6 +88,18 @@ struct Receiver<'a> {
     data_blocks: u64,
 }
 
+/// The dataset that is asked for, or the one that was sent.
+fn target_of(dataset: Option<&Name>, sent: &str) -> Result<Name> {
+    match dataset {
+        Some(name) if name.object().is_none() && name.snapshot().is_none() => Ok(name.clone()),
+        Some(name) => Err(PoolError::Name {
+            name: name.to_string(),
+            reason: "a stream is received into a dataset, whose name has no '/' and '@'",
+        }),
+        None => sent.parse(),
+    }
+}
+
 fn child(dataset: &Name, object: &str) -> Result<Name> {
     format!("{dataset}/{object}").parse()
 }
@@ -134,16 +146,7 @@ impl Pool {
         else {
             return Err(wrong("it has no beginning"));
         };
-        let target = match dataset {
-            Some(name) if name.object().is_none() && name.snapshot().is_none() => name.clone(),
-            Some(name) => {
-                return Err(PoolError::Name {
-                    name: name.to_string(),
-                    reason: "a stream is received into a dataset, whose name has no '/' and '@'",
-                });
-            }
-            None => sent_dataset.parse()?,
-        };
+        let target = target_of(dataset, &sent_dataset)?;
         // What comes is written as in the dataset in which it ends.
         let listed = self.list(Some(&target)).unwrap_or_default();
         let options = listed.first().map(|entry| entry.options);
@@ -420,39 +423,11 @@ impl Receiver<'_> {
             &name,
             &self.snapshot,
         )?;
-        let temporary = child(&self.temporary, &number.to_string())?;
-        let object = match self.pool.open_object(&temporary) {
-            Ok(object) if (number, 0) < self.start || number == self.start.0 => object,
-            Ok(_) | Err(PoolError::NotFound { .. }) if (number, 0) < self.start => {
-                return Err(wrong("the part that it continues is damaged"));
-            }
-            found => {
-                if found.is_ok() {
-                    self.pool.destroy(&temporary, true)?;
-                }
-                match source {
-                    None => self.pool.create_object(&temporary, 0)?,
-                    Some(id) => {
-                        let full = {
-                            let state = self.pool.inner.state();
-                            let entry = state.metadata.entry(id)?;
-                            state.metadata.catalog.full_name(entry)
-                        };
-                        self.pool.clone_object(&full.parse()?, &temporary)?
-                    }
-                }
-            }
-        };
+        let object = self.growing_object(number, source)?;
         if !self.is_done(number) {
             object.set_size(size_bytes.next_multiple_of(RECORD_BYTES))?;
-            self.position = (
-                number,
-                if number == self.start.0 {
-                    self.start.1
-                } else {
-                    0
-                },
-            );
+            let is_first = number == self.start.0;
+            self.position = (number, if is_first { self.start.1 } else { 0 });
         }
         self.objects.push(Incoming {
             name,
@@ -465,6 +440,33 @@ impl Receiver<'_> {
         });
         self.is_in_object = true;
         Ok(())
+    }
+
+    /// Where an object grows: what an earlier part of the stream left, or a new one.
+    fn growing_object(&self, number: u32, source: Option<u64>) -> Result<Object> {
+        let temporary = child(&self.temporary, &number.to_string())?;
+        match self.pool.open_object(&temporary) {
+            Ok(object) if (number, 0) < self.start || number == self.start.0 => Ok(object),
+            Ok(_) | Err(PoolError::NotFound { .. }) if (number, 0) < self.start => {
+                Err(wrong("the part that it continues is damaged"))
+            }
+            found => {
+                if found.is_ok() {
+                    self.pool.destroy(&temporary, true)?;
+                }
+                match source {
+                    None => self.pool.create_object(&temporary, 0),
+                    Some(id) => {
+                        let full = {
+                            let state = self.pool.inner.state();
+                            let entry = state.metadata.entry(id)?;
+                            state.metadata.catalog.full_name(entry)
+                        };
+                        self.pool.clone_object(&full.parse()?, &temporary)
+                    }
+                }
+            }
+        }
     }
 
     /// Whether an object came with an earlier part of the stream.

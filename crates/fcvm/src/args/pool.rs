@@ -109,46 +109,10 @@ pub(crate) enum PoolCommand {
         names: Vec<String>,
     },
     /// Write a snapshot, or what changed since an earlier one, to a pipe or file
-    #[command(after_help = "Examples:\n  \
-            fcvm pool send vms@monday | ssh host fcvm pool receive\n  \
-            fcvm pool send vms@tuesday --from monday | ssh host fcvm pool receive\n  \
-            fcvm pool send vms/web@monday --output web.stream\n  \
-            fcvm pool send vms@monday --resume TOKEN | ssh host fcvm pool receive\n\n\
-            What disks share is sent once and is shared where it is received.")]
-    Send {
-        /// DATASET/OBJECT@SNAPSHOT or DATASET@SNAPSHOT
-        name: String,
-        /// Only what changed since this snapshot, which the receiver has
-        #[arg(long, value_name = "SNAPSHOT")]
-        from: Option<String>,
-        /// File to make [default: standard output]
-        #[arg(short, long, value_name = "FILE")]
-        output: Option<PathBuf>,
-        /// Go on where a receive stopped that told this token
-        #[arg(long, value_name = "TOKEN")]
-        resume: Option<String>,
-        /// Form of what is told on stderr when it is done
-        #[arg(long, value_enum, default_value = "table")]
-        format: Format,
-    },
+    Send(SendArguments),
     /// Take what 'fcvm pool send' wrote; nothing changes before all of it is there
     #[command(alias = "recv")]
-    Receive {
-        /// Dataset to receive into [default: the name that it had]
-        dataset: Option<String>,
-        /// File to read [default: standard input]
-        #[arg(short, long, value_name = "FILE")]
-        input: Option<PathBuf>,
-        /// Roll objects back that changed since the snapshot that the stream builds on
-        #[arg(short, long)]
-        force: bool,
-        /// Show receives that did not come to their end, with their tokens, and receive nothing
-        #[arg(long, conflicts_with_all = ["dataset", "input", "force"])]
-        list: bool,
-        /// Form of the output
-        #[arg(long, value_enum, default_value = "table")]
-        format: Format,
-    },
+    Receive(ReceiveArguments),
     /// Change what a dataset does with what is written from now on
     Set {
         /// Dataset
@@ -206,4 +170,48 @@ pub(crate) enum MountCommand {
         #[arg(long)]
         takeover: bool,
     },
+}
+
+/// `fcvm pool send`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        fcvm pool send vms@monday | ssh host fcvm pool receive\n  \
+        fcvm pool send vms@tuesday --from monday | ssh host fcvm pool receive\n  \
+        fcvm pool send vms/web@monday --output web.stream\n  \
+        fcvm pool send vms@monday --resume TOKEN | ssh host fcvm pool receive\n\n\
+        What disks share is sent once and is shared where it is received.")]
+pub(crate) struct SendArguments {
+    /// DATASET/OBJECT@SNAPSHOT or DATASET@SNAPSHOT
+    pub(crate) name: String,
+    /// Only what changed since this snapshot, which the receiver has
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) from: Option<String>,
+    /// File to make [default: standard output]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Go on where a receive stopped that told this token
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) resume: Option<String>,
+    /// Form of what is told when it is done: on stderr, or on stdout with --output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+/// `fcvm pool receive`.
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArguments {
+    /// Dataset to receive into [default: the name that it had]
+    pub(crate) dataset: Option<String>,
+    /// File to read [default: standard input]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Roll objects back that changed since the snapshot that the stream builds on
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Show receives that did not come to their end, with their tokens, and receive nothing
+    #[arg(long, conflicts_with_all = ["dataset", "input", "force"])]
+    pub(crate) list: bool,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
 }

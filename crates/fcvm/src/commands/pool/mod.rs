@@ -55,36 +55,8 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
             println!("{name}: {}", objects(count));
         }
         PoolCommand::Destroy { recursive, names } => destroy(&open(&path)?, &names, recursive)?,
-        PoolCommand::Send {
-            name,
-            from,
-            output,
-            resume,
-            format,
-        } => stream::send(
-            &open(&path)?,
-            &name,
-            from.as_deref(),
-            resume.as_deref(),
-            output.as_deref(),
-            format,
-        )?,
-        PoolCommand::Receive {
-            list: true, format, ..
-        } => stream::list(&open(&path)?, format)?,
-        PoolCommand::Receive {
-            dataset,
-            input,
-            force,
-            format,
-            ..
-        } => stream::receive(
-            &open(&path)?,
-            dataset.as_deref(),
-            input.as_deref(),
-            force,
-            format,
-        )?,
+        PoolCommand::Send(arguments) => stream::send(&open(&path)?, &arguments)?,
+        PoolCommand::Receive(arguments) => stream::receive(&open(&path)?, &arguments)?,
         PoolCommand::Set { dataset, checksum } => {
             let (dataset, checksum) = (dataset.parse()?, checksum == Switch::On);
             change(&path, |pool| {

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::{objects, size};
 use crate::args::Format;
+use crate::args::pool::{ReceiveArguments, SendArguments};
 use crate::errors::printable;
 use crate::output::table;
 use crate::progress::Shown;
@@ -19,14 +20,9 @@ use crate::progress::Shown;
 /// Bytes that wait before a pipe is written to or read from.
 const PIPE_BYTES: usize = 1 << 20;
 
-pub(super) fn send(
-    pool: &Pool,
-    name: &str,
-    from: Option<&str>,
-    resume: Option<&str>,
-    output: Option<&Path>,
-    format: Format,
-) -> anyhow::Result<()> {
+pub(super) fn send(pool: &Pool, arguments: &SendArguments) -> anyhow::Result<()> {
+    let (name, from) = (&arguments.name, arguments.from.as_deref());
+    let output = arguments.output.as_deref();
     let snapshot: Name = name.parse()?;
     // An existing device or pipe is written to, an existing file is not.
     let makes_file = output.is_some_and(|path| !path.exists());
@@ -41,10 +37,16 @@ pub(super) fn send(
     let progress = Shown::new(false);
     let task = progress.start(name, None);
     let mut told = 0;
-    let sent = pool.send(&snapshot, from, resume, &mut target, |bytes| {
-        task.advance(bytes - told);
-        told = bytes;
-    });
+    let sent = pool.send(
+        &snapshot,
+        from,
+        arguments.resume.as_deref(),
+        &mut target,
+        |bytes| {
+            task.advance(bytes - told);
+            told = bytes;
+        },
+    );
     let sent = match sent {
         Ok(sent) => sent,
         Err(error) => {
@@ -58,7 +60,7 @@ pub(super) fn send(
     if let Some(reason) = &sent.stale_token {
         progress.message(reason);
     }
-    if format == Format::Table {
+    if arguments.format == Format::Table {
         task.finish(&format!(
             "{}, {} of data",
             objects(usize::try_from(sent.objects)?),
@@ -90,15 +92,13 @@ fn open_output(path: &Path) -> anyhow::Result<File> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-pub(super) fn receive(
-    pool: &Pool,
-    dataset: Option<&str>,
-    input: Option<&Path>,
-    force: bool,
-    format: Format,
-) -> anyhow::Result<()> {
+pub(super) fn receive(pool: &Pool, arguments: &ReceiveArguments) -> anyhow::Result<()> {
+    if arguments.list {
+        return list(pool, arguments.format);
+    }
+    let dataset = arguments.dataset.as_deref();
     let dataset = dataset.map(str::parse::<Name>).transpose()?;
-    let source: Box<dyn Read> = match input {
+    let source: Box<dyn Read> = match &arguments.input {
         None if std::io::stdin().is_terminal() => bail!(
             "there is no stream on a terminal; use --input FILE or a pipe from 'fcvm pool send'"
         ),
@@ -112,14 +112,14 @@ pub(super) fn receive(
     let progress = Shown::new(false);
     let task = progress.start("receive", None);
     let mut told = 0;
-    let received = pool.receive(dataset.as_ref(), force, &mut source, |bytes| {
+    let received = pool.receive(dataset.as_ref(), arguments.force, &mut source, |bytes| {
         task.advance(bytes - told);
         told = bytes;
     })?;
     if received.is_started_over {
         progress.message("what an earlier receive had was dropped: the stream starts over");
     }
-    if format == Format::Json {
+    if arguments.format == Format::Json {
         let value = json!({
             "dataset": received.dataset, "snapshot": received.snapshot,
             "objects": received.objects, "data_bytes": received.data_bytes,
@@ -140,7 +140,7 @@ pub(super) fn receive(
 }
 
 /// Shows receives that did not come to their end.
-pub(super) fn list(pool: &Pool, format: Format) -> anyhow::Result<()> {
+fn list(pool: &Pool, format: Format) -> anyhow::Result<()> {
     let partial = pool.partial_receives()?;
     if format == Format::Json {
         let rows: Vec<_> = partial
