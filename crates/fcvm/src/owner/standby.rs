@@ -27,8 +27,9 @@ const GUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// A clone that is ready.
 pub(crate) struct Ready {
-    place: Place,
     stage: Stage,
+    /// Dropped last: until then the record has what is to be released.
+    place: Place,
 }
 
 /// How far it has got.
