@@ -215,3 +215,47 @@ pub(crate) struct ReceiveArguments {
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: Format,
 }
+
+/// `fcvm pool send`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        fcvm pool send vms@monday | ssh host fcvm pool receive\n  \
+        fcvm pool send vms@tuesday --from monday | ssh host fcvm pool receive\n  \
+        fcvm pool send vms/web@monday --output web.stream\n  \
+        fcvm pool send vms@monday --resume TOKEN | ssh host fcvm pool receive\n\n\
+        What disks share is sent once and is shared where it is received.")]
+pub(crate) struct SendArguments {
+    /// DATASET/OBJECT@SNAPSHOT or DATASET@SNAPSHOT
+    pub(crate) name: String,
+    /// Only what changed since this snapshot, which the receiver has
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) from: Option<String>,
+    /// File to make [default: standard output]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Go on where a receive stopped that told this token
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) resume: Option<String>,
+    /// Form of what is told when it is done: on stderr, or on stdout with --output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+/// `fcvm pool receive`.
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArguments {
+    /// Dataset to receive into [default: the name that it had]
+    pub(crate) dataset: Option<String>,
+    /// File to read [default: standard input]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Roll objects back that changed since the snapshot that the stream builds on
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Show receives that did not come to their end, with their tokens, and receive nothing
+    #[arg(long, conflicts_with_all = ["dataset", "input", "force"])]
+    pub(crate) list: bool,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
