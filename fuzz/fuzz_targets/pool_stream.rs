@@ -15,8 +15,8 @@ fn name(text: &str) -> Name {
 }
 
 fn pool(id: u8) -> (SimulatedDisk, Pool) {
-    let disk = SimulatedDisk::new(4 << 20);
-    let pool = Pool::create(Arc::new(disk.clone()), 4 << 20, [id; 16]).expect("an empty pool");
+    let disk = SimulatedDisk::new(8 << 20);
+    let pool = Pool::create(Arc::new(disk.clone()), 8 << 20, [id; 16]).expect("an empty pool");
     (disk, pool)
 }
 

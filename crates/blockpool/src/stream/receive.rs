@@ -20,8 +20,8 @@ const STATE: &str = "state";
 const STATE_MAGIC: [u8; 4] = *b"BPRS";
 /// How much of a stream may have to be sent again after a crash.
 const SAVE_BYTES: u64 = 64 << 20;
-/// Pages that one object may need to get its name.
-const NAMING_PAGES: u64 = 64;
+/// Pages that giving names needs, and those that each object adds: its entries.
+const NAMING_PAGES: (u64, u64) = (32, 8);
 
 /// What was received.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -577,7 +577,7 @@ impl Receiver<'_> {
                     )?;
                 }
                 self.check_alone(state)?;
-                let pages = NAMING_PAGES * (1 + self.objects.len() as u64);
+                let pages = NAMING_PAGES.0 + NAMING_PAGES.1 * self.objects.len() as u64;
                 state.metadata.need_pages(pages)?;
                 self.name_all(state)
             })
