@@ -32,6 +32,7 @@ mod modules;
 mod package;
 mod progress;
 mod store;
+pub mod tuning;
 pub mod vmlinux;
 
 pub use custom::from_file;

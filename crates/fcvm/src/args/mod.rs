@@ -2,6 +2,7 @@
 
 pub(crate) mod fork;
 pub(crate) mod image;
+pub(crate) mod kernel;
 pub(crate) mod pool;
 pub(crate) mod run;
 pub(crate) mod snapshot;
@@ -147,9 +148,9 @@ pub(crate) enum Command {
     /// The throw-away guest that shows whether KVM runs guests
     #[command(hide = true)]
     ProbeGuest,
-    /// Kernel builds (not in this version)
-    #[command(hide = true, disable_help_flag = true)]
-    Kernel(Later),
+    /// Kernels, and hosts that are tuned for VMs
+    #[command(subcommand)]
+    Kernel(kernel::KernelCommand),
     /// The event stream (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Events(Later),

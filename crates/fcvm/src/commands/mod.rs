@@ -7,6 +7,7 @@ pub(crate) mod exec;
 pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod inspect;
+pub(crate) mod kernel;
 pub(crate) mod lifecycle;
 pub(crate) mod logs;
 pub(crate) mod ls;

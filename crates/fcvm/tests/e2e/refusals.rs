@@ -19,11 +19,7 @@ fn what_is_not_in_this_version_is_refused_and_never_ignored() {
         let line = lab.fails(125, &[&["run", "--rm"], options, &[IMAGE, "true"]].concat());
         assert!(line.contains(said), "{line}");
     }
-    for verb in [
-        &["kernel", "build"][..],
-        &["events", "--follow"],
-        &["serve"],
-    ] {
+    for verb in [&["events", "--follow"][..], &["serve"]] {
         let line = lab.fails(125, verb);
         assert!(line.contains("not in this version"), "{line}");
     }

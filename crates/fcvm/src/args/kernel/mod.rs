@@ -1,0 +1,12 @@
+//! `fcvm kernel`.
+
+pub(crate) mod tune;
+
+use clap::Subcommand;
+
+/// `fcvm kernel ...`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelCommand {
+    /// Plan memory, processors and settings of a host of VMs with ZFS
+    Tune(tune::TuneArguments),
+}
