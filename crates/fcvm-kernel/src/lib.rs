@@ -34,6 +34,7 @@ mod progress;
 mod store;
 pub mod tuning;
 pub mod vmlinux;
+pub mod zpool;
 
 pub use custom::from_file;
 pub use error::KernelError;

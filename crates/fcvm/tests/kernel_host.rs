@@ -126,3 +126,175 @@ fn tune_refuses_what_does_not_fit_with_the_sum_and_writes_nothing() {
         assert_ne!(fcvm(&arguments).code, 0, "{bad:?}");
     }
 }
+
+/// Files that stand for empty disks.
+fn disks(directory: &std::path::Path, count: usize) -> Vec<String> {
+    (0..count)
+        .map(|index| {
+            let path = directory.join(format!("disk{index}"));
+            let file = fs::File::create(&path).unwrap();
+            file.set_len(64 << 20).unwrap();
+            fs::canonicalize(path).unwrap().to_str().unwrap().to_owned()
+        })
+        .collect()
+}
+
+/// Programs `zpool` and `zfs` that write down how they were called.
+fn fake_zfs(directory: &std::path::Path) -> std::path::PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let programs = directory.join("bin");
+    fs::create_dir(&programs).unwrap();
+    for name in ["zpool", "zfs"] {
+        let path = programs.join(name);
+        let log = directory.join("calls");
+        fs::write(
+            &path,
+            format!("#!/bin/sh\necho {name} \"$@\" >> {}\n", log.display()),
+        )
+        .unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    programs
+}
+
+fn zpool_plan(programs: &std::path::Path, arguments: &[&str]) -> Said {
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    let output = Command::new(env!("CARGO_BIN_EXE_fcvm"))
+        .args(["kernel", "zpool", "plan"])
+        .args(arguments)
+        .env("PATH", path)
+        .output()
+        .unwrap();
+    Said {
+        code: output.status.code().unwrap(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn a_pool_is_made_only_of_empty_devices_or_those_named_twice() {
+    let directory = tempfile::tempdir().unwrap();
+    let programs = fake_zfs(directory.path());
+    let disks = disks(directory.path(), 2);
+    let devices: Vec<&str> = disks.iter().map(String::as_str).collect();
+    let calls = || fs::read_to_string(directory.path().join("calls")).unwrap_or_default();
+
+    let shown = zpool_plan(&programs, &devices);
+    assert_eq!(shown.code, 0, "{}", shown.stderr);
+    assert!(shown.stdout.contains("recordsize=16K"), "{}", shown.stdout);
+    assert_eq!(calls(), "", "nothing is run without --yes");
+
+    let content = fs::OpenOptions::new().write(true).open(&disks[0]).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&content, b"data", 4096).unwrap();
+    let refused = zpool_plan(&programs, &[&["--yes"], &devices[..]].concat());
+    assert_eq!(refused.code, 125);
+    assert!(
+        refused.stderr.contains("--destroy-data"),
+        "{}",
+        refused.stderr
+    );
+    let other = zpool_plan(
+        &programs,
+        &[&["--yes", "--destroy-data", devices[1]], &devices[..]].concat(),
+    );
+    assert_eq!(other.code, 125, "another device was named twice");
+    assert_eq!(calls(), "");
+
+    let done = zpool_plan(
+        &programs,
+        &[&["--yes", "--destroy-data", devices[0]], &devices[..]].concat(),
+    );
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    let calls = calls();
+    assert!(calls.starts_with("zpool create -f -o ashift=12"), "{calls}");
+    assert!(
+        calls.contains(&format!("tank mirror {} {}\n", devices[0], devices[1])),
+        "{calls}"
+    );
+    assert!(
+        calls.ends_with("zfs create -o recordsize=16K tank/vms\n"),
+        "{calls}"
+    );
+    assert!(!calls.contains("volblocksize"), "examples are not run");
+}
+
+/// Detaches on drop.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn attach(file: &str) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show", file])
+            .output()
+            .ok()?;
+        let device = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !device.is_empty()).then_some(Self(device))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn block_devices_in_use_are_never_overwritten() {
+    let directory = tempfile::tempdir().unwrap();
+    let programs = fake_zfs(directory.path());
+    let disks = disks(directory.path(), 2);
+    let Some(device) = LoopDevice::attach(&disks[0]) else {
+        eprintln!("skipped: this user cannot make loop devices");
+        return;
+    };
+    let both = [device.0.as_str(), disks[1].as_str()];
+    let json = |arguments: &[&str]| -> Value {
+        let said = zpool_plan(&programs, &[&["--format", "json"], arguments].concat());
+        assert_eq!(said.code, 0, "{}", said.stderr);
+        serde_json::from_str(&said.stdout).unwrap()
+    };
+    assert_eq!(
+        json(&both)["obstacles"],
+        serde_json::json!([]),
+        "an empty loop device is free"
+    );
+
+    let made = Command::new("mkfs.ext4").args(["-q", &device.0]).status();
+    if !made.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: mkfs.ext4 is missing");
+        return;
+    }
+    let obstacle = json(&both)["obstacles"][0].as_str().unwrap().to_owned();
+    assert!(obstacle.contains("holds data (ext4)"), "{obstacle}");
+
+    // The file below a loop device is in use whatever it holds.
+    let twice = ["--yes", "--destroy-data", &disks[0], &disks[0], &disks[1]];
+    let refused = zpool_plan(&programs, &twice);
+    assert_eq!(refused.code, 125);
+    assert!(
+        refused.stderr.contains("never overwritten"),
+        "{}",
+        refused.stderr
+    );
+
+    // Held exclusively, as by a mount.
+    let holder = Command::new("mount")
+        .args(["-o", "ro", &device.0])
+        .arg(directory.path().join("bin"))
+        .status();
+    if !holder.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: this user cannot mount");
+        return;
+    }
+    let mounted = zpool_plan(
+        std::path::Path::new("/nonexistent"),
+        &["--yes", "--destroy-data", &device.0, &device.0, &disks[1]],
+    );
+    let _ = Command::new("umount")
+        .arg(directory.path().join("bin"))
+        .status();
+    assert_eq!(mounted.code, 125);
+    assert!(mounted.stderr.contains("mounted at"), "{}", mounted.stderr);
+    assert!(!directory.path().join("calls").exists(), "nothing was run");
+}

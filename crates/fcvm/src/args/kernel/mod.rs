@@ -1,6 +1,7 @@
 //! `fcvm kernel`.
 
 pub(crate) mod tune;
+pub(crate) mod zpool;
 
 use clap::Subcommand;
 
@@ -9,4 +10,7 @@ use clap::Subcommand;
 pub(crate) enum KernelCommand {
     /// Plan memory, processors and settings of a host of VMs with ZFS
     Tune(tune::TuneArguments),
+    /// Plan ZFS pools
+    #[command(subcommand)]
+    Zpool(zpool::ZpoolCommand),
 }

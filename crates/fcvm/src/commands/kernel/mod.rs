@@ -1,6 +1,8 @@
 //! `fcvm kernel`.
 
+mod device;
 mod tune;
+mod zpool;
 
 use crate::args::kernel::KernelCommand;
 
@@ -8,5 +10,6 @@ use crate::args::kernel::KernelCommand;
 pub(crate) fn run(command: KernelCommand) -> anyhow::Result<u8> {
     match command {
         KernelCommand::Tune(arguments) => tune::run(&arguments),
+        KernelCommand::Zpool(command) => zpool::run(&command),
     }
 }
