@@ -110,6 +110,14 @@ pub enum KernelError {
         /// The latest version this program reads.
         supported: u32,
     },
+    /// A kernel cannot be installed so.
+    #[error("cannot install {}: {reason}", path.display())]
+    Install {
+        /// The kernel, or the file to change.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
     /// The agent's file cannot be the guest's first process.
     #[error("{} cannot be the guest's first process: {reason}", path.display())]
     Agent {

@@ -106,6 +106,35 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_dir(parent)
 }
 
+/// Copies a file; the copy has its name only when it is whole and on the disk.
+pub(crate) fn copy_atomically(source: &Path, path: &Path) -> Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("."));
+    let fill = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new()
+            .prefix(PARTIAL_PREFIX)
+            .tempfile_in(parent)?;
+        io::copy(&mut File::open(source)?, file.as_file_mut())?;
+        file.as_file().sync_all()?;
+        file.persist(path)
+            .map(|_| ())
+            .map_err(|failed| failed.error)
+    };
+    fill().map_err(KernelError::file("write", path))?;
+    sync_dir(parent)
+}
+
+/// Lets everybody read a file that was made as a private temporary one.
+pub(crate) fn make_readable(path: &Path) -> Result<()> {
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    match fs::set_permissions(path, mode) {
+        // File systems of firmware have no modes.
+        Err(error) if error.kind() != io::ErrorKind::PermissionDenied => {
+            Err(KernelError::file("set the mode of", path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The file `name` in `parent` (created where missing), made by `content` where it is not there or has
 /// another size. `kept_count` files stay in `parent`, those that were asked for last.
 pub(crate) fn cached<B: AsRef<[u8]>>(

@@ -27,6 +27,7 @@ mod decompress;
 mod error;
 mod files;
 mod initramfs;
+pub mod install;
 mod manifest;
 mod modules;
 mod package;

@@ -89,7 +89,7 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<u8> {
         Command::Test(command) => commands::sanity::run(context, command).await,
         Command::Completion { shell } => commands::documentation::completion(shell),
         Command::Man { directory } => commands::documentation::man(&directory),
-        Command::Kernel(command) => commands::kernel::run(command),
+        Command::Kernel(command) => commands::kernel::run(context, command),
         Command::Events(_) => refuse_later("events"),
         Command::Serve(_) => refuse_later("serve"),
     }

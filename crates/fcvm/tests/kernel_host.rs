@@ -298,3 +298,81 @@ fn block_devices_in_use_are_never_overwritten() {
     assert!(mounted.stderr.contains("mounted at"), "{}", mounted.stderr);
     assert!(!directory.path().join("calls").exists(), "nothing was run");
 }
+
+/// The header of a kernel, and no more: installing reads nothing else of it.
+fn kernel_in(directory: &std::path::Path) -> String {
+    let mut image = vec![0_u8; 0x400];
+    image[..2].copy_from_slice(b"MZ");
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x20e..0x210].copy_from_slice(&0x100_u16.to_le_bytes());
+    image[0x300..0x30c].copy_from_slice(b"6.12.1-test ");
+    let kernel = directory.join("built");
+    fs::create_dir(&kernel).unwrap();
+    fs::write(kernel.join("bzImage"), image).unwrap();
+    kernel.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_kernel_is_installed_below_a_root_after_its_changes_were_listed() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = kernel_in(directory.path());
+    let root = directory.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let root = root.to_str().unwrap();
+    must(&[
+        "kernel",
+        "tune",
+        "--memory",
+        "8g",
+        "--cpus",
+        "4",
+        "--apply-to",
+        root,
+    ]);
+    let install = [
+        "kernel",
+        "install",
+        "--root",
+        root,
+        "--command-line",
+        "root=/dev/vda1 ro",
+        "--tuned",
+        &kernel,
+    ];
+    let listed = must(&[&install[..], &["--dry-run"]].concat());
+    assert!(
+        listed.contains("create") && listed.contains("boot/vmlinuz-6.12.1-test"),
+        "{listed}"
+    );
+    assert!(!std::path::Path::new(root).join("boot").exists());
+    must(&install);
+    let entries =
+        fs::read_to_string(std::path::Path::new(root).join("boot/grub/custom.cfg")).unwrap();
+    assert!(
+        entries.contains("root=/dev/vda1 ro transparent_hugepage=madvise"),
+        "{entries}"
+    );
+    let listed = must(&["kernel", "entries", "--root", root, "--format", "json"]);
+    assert!(listed.contains("\"6.12.1-test\""), "{listed}");
+    assert!(must(&install).contains("keep"));
+}
+
+#[test]
+fn the_running_system_is_changed_only_when_that_is_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = kernel_in(directory.path());
+    let line = ["--command-line", "root=/dev/vda1"];
+    let unsaid = fcvm(&[&["kernel", "install", &kernel], &line[..]].concat());
+    assert_ne!(unsaid.code, 0, "without --root");
+    let refused = fcvm(&[&["kernel", "install", "--root", "/", &kernel], &line[..]].concat());
+    assert_eq!(refused.code, 125);
+    assert!(refused.stderr.contains("--yes"), "{}", refused.stderr);
+    assert!(!std::path::Path::new("/boot/vmlinuz-6.12.1-test").exists());
+    let elsewhere = directory.path().to_str().unwrap();
+    let kexec = fcvm(&["kernel", "kexec", "--root", elsewhere, "--load", &kernel]);
+    assert_eq!(kexec.code, 125);
+    assert_eq!(
+        fcvm(&["kernel", "install", "--root", elsewhere, "nothing"]).code,
+        125
+    );
+}

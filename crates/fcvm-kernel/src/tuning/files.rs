@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::{Place, Plan, Setting};
-use crate::{KernelError, Result, files};
+use crate::install::beneath;
+use crate::{Result, files};
 
 /// A file of a plan, below the root directory.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -76,12 +77,9 @@ impl PlannedFile {
 
     /// Writes it below `root`, whole or not at all; directories are made where missing.
     pub fn write(&self, root: &Path) -> Result<()> {
-        let path = root.join(self.path);
-        let parent = path.parent().unwrap_or(root);
-        files::create_dir(parent)?;
+        let path = beneath(root, Path::new(self.path))?;
+        files::create_dir(path.parent().unwrap_or(root))?;
         files::write_atomically(&path, self.content.as_bytes())?;
-        // Temporary files are private; configuration is read by everybody.
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-        std::fs::set_permissions(&path, mode).map_err(KernelError::file("set the mode of", &path))
+        files::make_readable(&path)
     }
 }

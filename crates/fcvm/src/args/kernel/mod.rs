@@ -1,5 +1,6 @@
 //! `fcvm kernel`.
 
+pub(crate) mod install;
 pub(crate) mod tune;
 pub(crate) mod zpool;
 
@@ -10,6 +11,12 @@ use clap::Subcommand;
 pub(crate) enum KernelCommand {
     /// Plan memory, processors and settings of a host of VMs with ZFS
     Tune(tune::TuneArguments),
+    /// Install a host kernel below a root directory: its files and boot entries
+    Install(install::InstallArguments),
+    /// List the boot entries that fcvm installed
+    Entries(install::EntriesArguments),
+    /// Start another kernel without the firmware
+    Kexec(install::KexecArguments),
     /// Plan ZFS pools
     #[command(subcommand)]
     Zpool(zpool::ZpoolCommand),

@@ -7,7 +7,7 @@ use fcvm_kernel::zpool::{self, Plan, Request, Role, Workload};
 use fcvm_types::ByteSize;
 use serde_json::json;
 
-use super::device;
+use super::{device, execute, shown};
 use crate::EXIT_SUCCESS;
 use crate::args::Format;
 use crate::args::kernel::zpool::{self as arguments, PlanArguments, ZpoolCommand};
@@ -132,31 +132,4 @@ fn print(plan: &Plan, obstacles: &[String]) {
     for obstacle in obstacles {
         println!("\nNot to be run: {obstacle}");
     }
-}
-
-/// A command as one can paste it.
-fn shown(words: &[String]) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
-    let quoted: Vec<String> = words
-        .iter()
-        .map(|word| {
-            if !word.is_empty() && word.chars().all(plain) {
-                word.clone()
-            } else {
-                format!("'{}'", word.replace('\'', "'\\''"))
-            }
-        })
-        .collect();
-    quoted.join(" ")
-}
-
-fn execute(words: &[String]) -> anyhow::Result<()> {
-    eprintln!("+ {}", shown(words));
-    let status = std::process::Command::new(&words[0])
-        .args(&words[1..])
-        .env("PATH", device::search_path())
-        .status()
-        .with_context(|| format!("cannot start '{}': install zfsutils-linux", words[0]))?;
-    anyhow::ensure!(status.success(), "'{}' failed: {status}", shown(words));
-    Ok(())
 }

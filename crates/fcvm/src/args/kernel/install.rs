@@ -1,0 +1,96 @@
+//! `fcvm kernel install`, `entries`, `kexec`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::args::Format;
+
+/// `fcvm kernel install`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        fcvm kernel install host --root / --dry-run                   what would change\n  \
+        fcvm kernel install host --root / --yes                       beside the distribution's kernels\n  \
+        fcvm kernel install ./built --root /mnt --loader systemd-boot --command-line 'root=PARTUUID=... ro'\n\n\
+        The default entry of the boot loader stays as it is. A rescue entry is made too: read-only, without tuning.")]
+pub(crate) struct InstallArguments {
+    /// Root directory of the system to change: '/' for this one
+    #[arg(long, value_name = "DIR")]
+    pub(crate) root: PathBuf,
+    /// What starts the kernel
+    #[arg(long, value_enum, default_value = "grub")]
+    pub(crate) loader: Loader,
+    /// The EFI system partition, below the root
+    #[arg(long, value_name = "DIR", default_value = "boot/efi")]
+    pub(crate) esp: PathBuf,
+    /// The kernel's command line [default: etc/kernel/cmdline below the root; for '/', else the running one]
+    #[arg(long, value_name = "WORDS")]
+    pub(crate) command_line: Option<String>,
+    /// Add the words that 'fcvm kernel tune --apply-to' wrote below the root
+    #[arg(long)]
+    pub(crate) tuned: bool,
+    /// Initramfs of the kernel [default: initrd.img beside it, if there is one]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Initramfs of the rescue entry [default: the kernel's]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) rescue_initrd: Option<PathBuf>,
+    /// List the changes and make none
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Change the running system, where the root is '/'
+    #[arg(long)]
+    pub(crate) yes: bool,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+    /// The kernel: a directory with vmlinuz or bzImage, or a name below the data directory's kernels
+    pub(crate) kernel: String,
+}
+
+/// What starts a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Loader {
+    /// GRUB 2 (boot/grub/custom.cfg)
+    Grub,
+    /// systemd-boot (loader/entries on the EFI system partition)
+    SystemdBoot,
+    /// The firmware, with the command line that is built into the kernel
+    EfiStub,
+}
+
+/// `fcvm kernel entries`.
+#[derive(Debug, Args)]
+pub(crate) struct EntriesArguments {
+    /// Root directory of the system
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// The EFI system partition, below the root
+    #[arg(long, value_name = "DIR", default_value = "boot/efi")]
+    pub(crate) esp: PathBuf,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+/// `fcvm kernel kexec`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        fcvm kernel kexec host            check, and show the commands\n  \
+        fcvm kernel kexec host --load     load it; the next 'systemctl kexec' starts it")]
+pub(crate) struct KexecArguments {
+    /// Root directory of the system that is checked; only '/' can be loaded into
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// The kernel's command line [default: the running one]
+    #[arg(long, value_name = "WORDS")]
+    pub(crate) command_line: Option<String>,
+    /// Initramfs of the kernel [default: initrd.img beside it, if there is one]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Load the kernel; it is not started yet
+    #[arg(long)]
+    pub(crate) load: bool,
+    /// The kernel: a directory with vmlinuz or bzImage, or a name below the data directory's kernels
+    pub(crate) kernel: String,
+}
