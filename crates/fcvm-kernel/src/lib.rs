@@ -32,6 +32,7 @@ mod manifest;
 mod modules;
 mod package;
 mod progress;
+pub mod send;
 mod store;
 pub mod tuning;
 pub mod vmlinux;

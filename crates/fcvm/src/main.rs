@@ -90,6 +90,7 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<u8> {
         Command::Completion { shell } => commands::documentation::completion(shell),
         Command::Man { directory } => commands::documentation::man(&directory),
         Command::Kernel(command) => commands::kernel::run(context, command),
+        Command::ZfsSend(arguments) => commands::zfs_send::run(&arguments),
         Command::Events(_) => refuse_later("events"),
         Command::Serve(_) => refuse_later("serve"),
     }

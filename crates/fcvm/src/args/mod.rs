@@ -7,6 +7,7 @@ pub(crate) mod pool;
 pub(crate) mod run;
 pub(crate) mod snapshot;
 pub(crate) mod system;
+pub(crate) mod zfs_send;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fcvm_types::VmName;
@@ -151,6 +152,8 @@ pub(crate) enum Command {
     /// Kernels, and hosts that are tuned for VMs
     #[command(subcommand)]
     Kernel(kernel::KernelCommand),
+    /// Send a ZFS snapshot, through interruptions
+    ZfsSend(zfs_send::ZfsSendArguments),
     /// The event stream (not in this version)
     #[command(hide = true, disable_help_flag = true)]
     Events(Later),

@@ -21,3 +21,4 @@ pub(crate) mod snapshot;
 pub(crate) mod stats;
 pub(crate) mod system;
 pub(crate) mod top;
+pub(crate) mod zfs_send;

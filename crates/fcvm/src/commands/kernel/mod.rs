@@ -7,6 +7,8 @@ mod zpool;
 
 use anyhow::Context as _;
 
+pub(crate) use device::search_path;
+
 use crate::args::kernel::KernelCommand;
 use crate::context::Context;
 
