@@ -198,26 +198,7 @@ fn plan_loader(
             "the initramfs of the rescue entry",
         )?;
     }
-    let initrd = kernel.initrd.as_ref().map(|_| name("initrd.img"));
-    let rescue_initrd = options
-        .rescue_initrd
-        .as_ref()
-        .map(|_| name("rescue.img"))
-        .or_else(|| initrd.clone());
-    let entries = [
-        entries::Text {
-            id: format!("fcvm-{version}"),
-            title: format!("Linux {version} (fcvm)"),
-            initrd,
-            command_line: options.command_line.clone(),
-        },
-        entries::Text {
-            id: format!("fcvm-{version}-rescue"),
-            title: format!("Linux {version} (fcvm, rescue: read-only, no tuning)"),
-            initrd: rescue_initrd,
-            command_line: for_rescue(&options.command_line),
-        },
-    ];
+    let entries = both_entries(kernel, version, options, &name);
     if grub {
         let path = PathBuf::from("boot/grub/custom.cfg");
         let old = plan.read_text(&path)?;
@@ -243,6 +224,35 @@ fn plan_loader(
         plan.remarks.push("the default entry stays as it is: choose this one in the menu, or with bootctl set-oneshot".to_owned());
     }
     Ok(())
+}
+
+/// The normal entry and the one for rescue; `name` gives the name of a file beside the kernel.
+fn both_entries(
+    kernel: &HostKernel,
+    version: &str,
+    options: &Options,
+    name: &dyn Fn(&str) -> String,
+) -> [entries::Text; 2] {
+    let initrd = kernel.initrd.as_ref().map(|_| name("initrd.img"));
+    let rescue_initrd = options
+        .rescue_initrd
+        .as_ref()
+        .map(|_| name("rescue.img"))
+        .or_else(|| initrd.clone());
+    [
+        entries::Text {
+            id: format!("fcvm-{version}"),
+            title: format!("Linux {version} (fcvm)"),
+            initrd,
+            command_line: options.command_line.clone(),
+        },
+        entries::Text {
+            id: format!("fcvm-{version}-rescue"),
+            title: format!("Linux {version} (fcvm, rescue: read-only, no tuning)"),
+            initrd: rescue_initrd,
+            command_line: for_rescue(&options.command_line),
+        },
+    ]
 }
 
 impl Plan {

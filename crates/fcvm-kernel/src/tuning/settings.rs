@@ -123,7 +123,11 @@ fn sysctls(sheet: &mut Sheet, request: &Request, memory: &Memory) {
              HugePages_Total)",
         );
     }
-    match request.workload {
+    sysctls_of_workload(sheet, request.workload);
+}
+
+fn sysctls_of_workload(sheet: &mut Sheet, workload: Workload) {
+    match workload {
         Workload::Latency => {
             sheet.add(
                 "vm.stat_interval",
@@ -239,7 +243,7 @@ fn command_line(sheet: &mut Sheet, workload: Workload, cpus: &CpuLayout) {
     sheet.add(
         "transparent_hugepage",
         "madvise",
-        "only memory that asks for it (QEMU does) gets large pages: they are made by compaction, which stalls",
+        "only memory that asks for it gets large pages: they are made by compaction, which stalls",
     );
     if workload == Workload::Throughput {
         sheet.add(

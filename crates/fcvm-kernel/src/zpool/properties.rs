@@ -140,9 +140,20 @@ fn create_pool(request: &Request, vdevs: &[Vdev], ashift: u32) -> (Command, Vec<
     }
     let mut words = options.words;
     words.push(request.pool.clone());
+    push_vdevs(&mut words, vdevs);
+    (
+        Command {
+            words,
+            example: false,
+        },
+        options.reasons,
+    )
+}
+
+fn push_vdevs(words: &mut Vec<String>, vdevs: &[Vdev]) {
     let mut class = "data";
     for vdev in vdevs {
-        // Groups of one class follow each other; 'special mirror a b mirror c d'.
+        // Groups of one class follow each other: 'special mirror a b mirror c d'.
         if vdev.class != class {
             class = vdev.class;
             words.push(class.to_owned());
@@ -152,13 +163,6 @@ fn create_pool(request: &Request, vdevs: &[Vdev], ashift: u32) -> (Command, Vec<
         }
         words.extend(vdev.devices.iter().cloned());
     }
-    (
-        Command {
-            words,
-            example: false,
-        },
-        options.reasons,
-    )
 }
 
 fn dataset_name(workload: Workload) -> &'static str {
