@@ -119,19 +119,21 @@ pub fn send(request: &Request, progress: &mut dyn FnMut(Event)) -> Result<Summar
     let sender = Sender {
         here: ZfsProgram::local(request),
         there: ZfsProgram::destination(request)?,
+        tag: names::hold_tag(request),
         request,
     };
-    let tag = names::hold_tag(request);
-    sender.here.hold(&tag, &request.source)?;
+    let tag = &sender.tag;
+    sender.here.hold(tag, &request.source)?;
     let summary = sender.until_there(progress)?;
-    // Only now: a failed run leaves the hold, so that its token stays good.
-    sender.here.release(&tag, &request.source)?;
+    // Only now: a failed run leaves its holds, so that its token stays good.
+    sender.here.release_all(tag, request.source.dataset())?;
     Ok(summary)
 }
 
 struct Sender<'a> {
     here: ZfsProgram,
     there: ZfsProgram,
+    tag: String,
     request: &'a Request,
 }
 
@@ -247,9 +249,12 @@ impl Sender<'_> {
             .filter(|one| there.iter().any(|other| other.guid == one.guid))
             .last();
         match common {
-            Some(common) => Ok(Some(Begin::Since(Some(
-                self.request.source.dataset().snapshot(&common.name),
-            )))),
+            Some(common) => {
+                let base = self.request.source.dataset().snapshot(&common.name);
+                // Without its base, a token of this stream would be stale.
+                self.here.hold(&self.tag, &base)?;
+                Ok(Some(Begin::Since(Some(base))))
+            }
             None => Err(SendError::Destination(format!(
                 "{destination} exists and has no snapshot in common with {}: nothing is overwritten",
                 self.request.source.dataset()

@@ -29,6 +29,7 @@ pub(super) struct Transfer {
 }
 
 const ERROR_BYTES_MAX: u64 = 16 << 10;
+const HOLDS_AT_ONCE: usize = 500;
 const BUFFER_BYTES: usize = 128 << 10;
 const DATASET_MISSING: &str = "dataset does not exist";
 
@@ -107,9 +108,28 @@ impl ZfsProgram {
         }
     }
 
-    pub(super) fn release(&self, tag: &str, snapshot: &Snapshot) -> Result<()> {
-        self.must(&["release", tag, &snapshot.to_string()])
-            .map(|_| ())
+    /// Releases this tag on all snapshots of a dataset, those of earlier runs too.
+    pub(super) fn release_all(&self, tag: &str, dataset: &Dataset) -> Result<()> {
+        let names: Vec<String> = self
+            .snapshots(dataset)?
+            .unwrap_or_default()
+            .iter()
+            .map(|one| dataset.snapshot(&one.name).to_string())
+            .collect();
+        // A command line has its limits.
+        for names in names.chunks(HOLDS_AT_ONCE) {
+            let mut words = vec!["holds", "-H"];
+            words.extend(names.iter().map(String::as_str));
+            for line in self.must(&words)?.lines() {
+                let mut fields = line.split('\t');
+                if let (Some(name), Some(found)) = (fields.next(), fields.next())
+                    && found == tag
+                {
+                    self.must(&["release", tag, name])?;
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn abort_receive(&self, dataset: &Dataset) -> Result<()> {

@@ -17,8 +17,10 @@ cd "$(dirname "$0")/.."
 echo "$*" >> calls
 fail() { echo "$1" >&2; exit 1; }
 case "$*" in
-"hold "*) [ ! -e held ] || fail "cannot hold snapshot '$3': tag already exists on this dataset"; echo "$2" > held;;
-"release "*) [ "$(cat held)" = "$2" ] || fail "cannot release hold"; rm held;;
+"hold "*) s=${3#*@}; [ -e "here/$s" ] || fail "cannot hold: dataset does not exist"
+  [ ! -e "here/$s.hold" ] || fail "cannot hold snapshot '$3': tag already exists on this dataset"; echo "$2" > "here/$s.hold"; touch held;;
+"holds -H "*) shift 2; for s in "$@"; do f=here/${s#*@}.hold; [ ! -e "$f" ] || printf '%s\t%s\tnow\n' "$s" "$(cat "$f")"; done;;
+"release "*) f=here/${3#*@}.hold; [ "$(cat "$f")" = "$2" ] || fail "cannot release hold"; rm "$f"; ls here/*.hold >/dev/null 2>&1 || rm held;;
 "get -H -o value receive_resume_token backup/data")
   [ -d there ] || fail "cannot open 'backup/data': dataset does not exist"
   if [ -e partial ]; then echo "1-$(cat partial.name)-$(wc -c < partial)"; else echo -; fi;;
