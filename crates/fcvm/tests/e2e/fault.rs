@@ -141,6 +141,9 @@ fn a_full_disk_stops_a_snapshot_and_neither_its_source_nor_a_warm_run() {
     lab.finish();
 }
 
+/// A change of a manifest.
+type Change<'a> = &'a dyn Fn(&mut Value);
+
 #[test]
 fn snapshots_of_another_host_or_a_later_fcvm_are_refused() {
     let Some(lab) = Lab::new() else { return };
@@ -161,7 +164,7 @@ fn snapshots_of_another_host_or_a_later_fcvm_are_refused() {
         snapshot["fields"]["spec"]["memory_bytes"] = (128_u64 << 20).into();
     };
     let root = |snapshot: &mut Value| snapshot["fields"]["spec"]["root_image"] = "/gone".into();
-    let changes: [(&dyn Fn(&mut Value), &str); 6] = [
+    let changes: [(Change<'_>, &str); 6] = [
         (&qemu, "made by QEMU 6.0.1 and this is QEMU"),
         (&device, "has 'another-device' where this VM has"),
         (&processor, "was made on another processor (another one)"),
