@@ -82,10 +82,13 @@ soak-pool: ## try random steps, faults and crashes on the pool for MINUTES (30)
 	$(CARGO) run --locked -p blockpool --example soak -- $(or $(MINUTES),30)
 
 .PHONY: bench-pool
-bench-pool: ## measure the pool beside a plain file, in memory and in the target directory
+bench-pool: ## measure the pool beside its peers and a plain file, in memory and in the target directory
+	scripts/install-deps --test
+	$(CARGO) build --locked --release -p fcvm
 	$(CARGO) build --locked --release -p blockpool --example bench
 	$(TARGET_DIR)/release/examples/bench /dev/shm
 	$(TARGET_DIR)/release/examples/bench $(TARGET_DIR)
+	$(TARGET_DIR)/release/fcvm pool bench --directory /dev/shm --plot docs/design/clone-cost.svg $(BENCH_OPTIONS)
 
 # Under sudo nothing is built, so that no file of root's gets among the user's: 'make build' comes first.
 .PHONY: install

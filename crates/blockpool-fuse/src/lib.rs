@@ -14,9 +14,11 @@ mod filesystem;
 mod mount;
 mod namespace;
 mod node;
+mod passthrough;
 mod serve;
 mod wire;
 
 pub use error::MountError;
 pub use mount::{mount, unmount};
+pub use passthrough::serve_passthrough;
 pub use serve::{Options, serve};

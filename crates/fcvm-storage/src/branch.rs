@@ -1,14 +1,15 @@
 //! Branching disks: freezing the state of one that is in use, and making disks from that state.
 //!
-//! Three ways, [`DiskStore`] is what they have in common. Which one fits is for [`choose`] to say.
+//! Four ways, [`DiskStore`] is what they have in common. Which one fits is for [`choose`] to say.
 
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::clone::{reflink, sparse_copy};
+use crate::clone::{reflink, share_or_copy, sparse_copy};
 use crate::disk::{Disk, FrozenDisk, Layer, LayerFormat, read_only};
 use crate::error::StorageError;
 use crate::host::{nameless_file, reflink_support};
@@ -66,6 +67,8 @@ pub trait DiskStore: fmt::Debug + Send + Sync {
 pub enum BranchMethod {
     /// A file shares its blocks with another until one of the two is written, ioctl_ficlone(2).
     Reflink,
+    /// As that, by a mounted block-cloning pool, copy_file_range(2).
+    Pool,
     /// A file holds what differs from the files below it.
     Overlay,
     /// The bytes are copied.
@@ -73,10 +76,11 @@ pub enum BranchMethod {
 }
 
 impl BranchMethod {
-    /// `reflink`, `overlay` or `copy`.
+    /// `reflink`, `pool`, `overlay` or `copy`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Reflink => "reflink",
+            Self::Pool => "pool",
             Self::Overlay => "overlay",
             Self::Copy => "copy",
         }
@@ -85,7 +89,7 @@ impl BranchMethod {
     /// What the user should know of this way.
     pub fn warning(self) -> Option<&'static str> {
         match self {
-            Self::Reflink | Self::Overlay => None,
+            Self::Reflink | Self::Pool | Self::Overlay => None,
             Self::Copy => Some(
                 "each clone's disk is a copy of the source's, which takes time and space: a data \
                  directory on btrfs, XFS or ZFS shares what is the same",
@@ -155,6 +159,12 @@ pub struct ReflinkStore {
     raw_only: bool,
 }
 
+/// [`BranchMethod::Pool`].
+#[derive(Debug, Clone)]
+pub struct PoolStore {
+    directory: PathBuf,
+}
+
 /// [`BranchMethod::Overlay`].
 #[derive(Debug, Clone)]
 pub struct OverlayStore {
@@ -165,6 +175,13 @@ pub struct OverlayStore {
 #[derive(Debug, Clone)]
 pub struct CopyStore {
     directory: PathBuf,
+}
+
+impl PoolStore {
+    /// Clones in `directory`, which is inside a mounted pool.
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory }
+    }
 }
 
 impl OverlayStore {
@@ -231,6 +248,47 @@ impl DiskStore for ReflinkStore {
         };
         fill().map_err(|source| StorageError::from_io(BRANCH, &self.directory, source))
     }
+}
+
+impl DiskStore for PoolStore {
+    fn method(&self) -> BranchMethod {
+        BranchMethod::Pool
+    }
+
+    fn prepare(&self, disk: &Disk) -> Result<Prepared, StorageError> {
+        let failed = |source| StorageError::from_io(FREEZE, &self.directory, source);
+        // The kernel sends what it gathered before it clones: now, rather than in the pause.
+        disk.split().1.file.sync_data().map_err(failed)?;
+        prepare_copy(&self.directory, disk)
+    }
+
+    fn freeze(&self, prepared: Prepared) -> Result<Frozen, StorageError> {
+        freeze_copy(&self.directory, prepared, share_or_copy)
+    }
+
+    fn branch(&self, frozen: &FrozenDisk) -> Result<Disk, StorageError> {
+        let (below, top) = frozen.split();
+        let failed = |source| StorageError::from_io(BRANCH, &self.directory, source);
+        let file = nameless_file(&self.directory).map_err(failed)?;
+        if !on_one_file_system(&top.file, &file).map_err(failed)? {
+            return OverlayStore::new(self.directory.clone()).branch(frozen);
+        }
+        share_or_copy(&top.file, &file).map_err(failed)?;
+        Ok(new_disk(below, file, top.format, frozen.size_bytes()))
+    }
+
+    fn branch_ahead(&self, expected: &FrozenDisk) -> Result<Disk, StorageError> {
+        empty_like(&self.directory, expected)
+    }
+
+    fn fill(&self, disk: &Disk, frozen: &FrozenDisk) -> Result<(), StorageError> {
+        share_or_copy(&frozen.split().1.file, &disk.split().1.file)
+            .map_err(|source| StorageError::from_io(BRANCH, &self.directory, source))
+    }
+}
+
+fn on_one_file_system(one: &File, other: &File) -> io::Result<bool> {
+    Ok(one.metadata()?.dev() == other.metadata()?.dev())
 }
 
 impl DiskStore for OverlayStore {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -28,6 +28,10 @@ pub fn clone_file(source: &File, target: &File) -> io::Result<CloneMethod> {
     if reflink(source, target)? {
         return Ok(CloneMethod::Reflink);
     }
+    if shares_when_copying(source, target)? {
+        share_or_copy(source, target)?;
+        return Ok(CloneMethod::Reflink);
+    }
     sparse_copy(source, target)?;
     Ok(CloneMethod::Copy)
 }
@@ -42,6 +46,24 @@ pub(crate) fn reflink(source: &File, target: &File) -> io::Result<bool> {
         }
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Whether both are in one file system of a process, such as a mounted pool: holes are then for that process to keep.
+fn shares_when_copying(source: &File, target: &File) -> io::Result<bool> {
+    /// FUSE_SUPER_MAGIC, include/uapi/linux/magic.h.
+    const FUSE: i64 = 0x6573_5546;
+    let is_one = source.metadata()?.dev() == target.metadata()?.dev();
+    Ok(is_one && rustix::fs::fstatfs(target)?.f_type as i64 == FUSE)
+}
+
+/// Copies everything at once, which is a clone in a mounted pool; part by part where that cannot be.
+pub(crate) fn share_or_copy(source: &File, target: &File) -> io::Result<()> {
+    if !shares_when_copying(source, target)? {
+        return sparse_copy(source, target);
+    }
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    copy_range(source, target, 0, length)
 }
 
 /// Copies the parts that are no holes.
@@ -109,8 +131,6 @@ fn copy_bytes(source: &File, target: &File, start: u64, end: u64) -> io::Result<
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]

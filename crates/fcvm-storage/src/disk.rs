@@ -103,6 +103,12 @@ impl Disk {
     /// A file can not be looked at.
     pub fn usage(&self) -> io::Result<DiskUsage> {
         let (below, top) = self.split();
+        if let Some((own_bytes, referenced_bytes)) = pool_bytes(&top.file) {
+            return Ok(DiskUsage {
+                own_bytes,
+                shared_bytes: referenced_bytes.saturating_sub(own_bytes) + sum_allocated(below)?,
+            });
+        }
         let top_bytes = allocated_bytes(&top.file)?;
         let shared_bytes = shared_bytes(&top.file).min(top_bytes);
         Ok(DiskUsage {
@@ -188,6 +194,20 @@ fn sum_allocated(layers: &[Layer]) -> io::Result<u64> {
 /// Bytes of the medium that a file takes.
 pub(crate) fn allocated_bytes(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
+}
+
+/// What a file in a mounted pool has for itself and what it refers to: none elsewhere.
+fn pool_bytes(file: &File) -> Option<(u64, u64)> {
+    let read = |name: &str| -> Option<u64> {
+        let mut buffer = [0; 24];
+        let length = rustix::fs::fgetxattr(file, name, &mut buffer).ok()?;
+        let text = std::str::from_utf8(buffer.get(..length)?).ok()?;
+        text.parse().ok()
+    };
+    Some((
+        read("user.blockpool.exclusive_bytes")?,
+        read("user.blockpool.referenced_bytes")?,
+    ))
 }
 
 /// Bytes of a file in blocks that are other files' too: none where the file system does not tell, as

@@ -20,7 +20,8 @@ mod qcow2;
 mod scratch;
 
 pub use branch::{
-    BranchMethod, CopyStore, DiskStore, Frozen, OverlayStore, Prepared, ReflinkStore, choose,
+    BranchMethod, CopyStore, DiskStore, Frozen, OverlayStore, PoolStore, Prepared, ReflinkStore,
+    choose,
 };
 pub use clone::{CloneMethod, clone_file};
 pub use disk::{Disk, DiskUsage, FrozenDisk, Layer, LayerFormat};

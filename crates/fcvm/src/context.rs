@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 
 use fcvm_snapshot::SnapshotStore;
 
-use crate::args::GlobalOptions;
+use crate::args::{DiskStoreChoice, GlobalOptions};
 use crate::state::StateStore;
 
 /// Proxies, as the environment's variables of the same names give them.
@@ -42,6 +42,8 @@ pub(crate) struct Context {
     pub(crate) data_dir: PathBuf,
     /// Control sockets.
     pub(crate) runtime_dir: PathBuf,
+    /// How disks are kept.
+    pub(crate) disk_store: DiskStoreChoice,
     /// Podman's and Docker's files with credentials for registries, the most important one first.
     pub(crate) credential_files: Vec<PathBuf>,
     /// Proxies for registries.
@@ -91,6 +93,7 @@ impl Context {
         Ok(Self {
             data_dir,
             runtime_dir,
+            disk_store: options.disk_store,
             credential_files: credential_files.into_iter().flatten().collect(),
             proxies: Proxies::from_environment(),
             search_path,

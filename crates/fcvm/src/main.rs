@@ -10,6 +10,7 @@ mod client;
 mod commands;
 mod connection;
 mod context;
+mod disks;
 mod errors;
 mod handover;
 mod logging;

@@ -451,6 +451,7 @@ fn fio_finds_what_it_wrote() {
         let mut arguments = vec![&*directory, &*name, &*engine, direct, "--size=16m"];
         arguments.extend(["--rw=randrw", "--iodepth=8", "--randseed=5", "--fsync=32"]);
         arguments.extend(["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"]);
+        arguments.extend(["--verify_state_save=0"]);
         arguments.extend(sizes);
         run("fio", &arguments);
     }

@@ -60,6 +60,17 @@ pub(crate) struct GlobalOptions {
         help_heading = "Global options"
     )]
     pub(crate) runtime_dir: Option<PathBuf>,
+    /// How the writable disks of VMs are kept and cloned
+    #[arg(
+        long,
+        global = true,
+        env = "FCVM_DISK_STORE",
+        value_enum,
+        value_name = "STORE",
+        default_value = "auto",
+        help_heading = "Global options"
+    )]
+    pub(crate) disk_store: DiskStoreChoice,
     /// What is logged to stderr: error, warn, info, debug, trace, or tracing directives
     #[arg(
         long,
@@ -70,6 +81,19 @@ pub(crate) struct GlobalOptions {
         help_heading = "Global options"
     )]
     pub(crate) log_level: String,
+}
+
+/// `--disk-store`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DiskStoreChoice {
+    /// Blocks shared by the file system where it can (btrfs, XFS), else overlays
+    Auto,
+    /// Files over files, qcow2
+    Overlay,
+    /// A block-cloning pool, made and mounted when it is first needed
+    Pool,
+    /// Full copies
+    Copy,
 }
 
 /// The verbs.

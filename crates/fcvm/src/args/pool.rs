@@ -150,7 +150,12 @@ pub(crate) enum MountCommand {
         /// Stay, and unmount when interrupted
         #[arg(long)]
         foreground: bool,
+        /// Hand every write to the pool at once, in place of letting the kernel gather writes until a flush
+        #[arg(long)]
+        write_through: bool,
     },
+    /// Measure a pool beside XFS, btrfs, qcow2 overlays, copies and plain files
+    Bench(BenchArguments),
     /// End a mount that nobody uses
     #[command(alias = "umount")]
     Unmount {
@@ -162,6 +167,9 @@ pub(crate) enum MountCommand {
     KeepMount {
         /// Directory
         directory: PathBuf,
+        /// As of mount
+        #[arg(long)]
+        write_through: bool,
     },
     /// Answer for a mount; for fcvm's own use
     #[command(hide = true)]
@@ -169,7 +177,13 @@ pub(crate) enum MountCommand {
         /// Another server did until now
         #[arg(long)]
         takeover: bool,
+        /// As of mount
+        #[arg(long)]
+        write_through: bool,
     },
+    /// Answer for a mount of one file, which the bench compares with; for fcvm's own use
+    #[command(hide = true)]
+    ServeBare,
 }
 
 /// `fcvm pool send`.
@@ -211,6 +225,29 @@ pub(crate) struct ReceiveArguments {
     /// Show receives that did not come to their end, with their tokens, and receive nothing
     #[arg(long, conflicts_with_all = ["dataset", "input", "force"])]
     pub(crate) list: bool,
+    /// Form of the output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+}
+
+/// `fcvm pool bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArguments {
+    /// Size of what is cloned
+    #[arg(long, value_name = "SIZE", default_value = "1g")]
+    pub(crate) clone_size: ByteSize,
+    /// Random 4 KiB writes to a clone
+    #[arg(long, value_name = "COUNT", default_value_t = 65_536)]
+    pub(crate) rewrites: u64,
+    /// Rounds, of which medians are shown
+    #[arg(long, value_name = "COUNT", default_value_t = 3)]
+    pub(crate) rounds: u64,
+    /// Where to measure; several times the size is needed [default: the data directory]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) directory: Option<PathBuf>,
+    /// Also time clones of sparse files of 1 MiB to 1 TiB, and draw them
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: Format,

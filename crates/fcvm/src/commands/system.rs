@@ -60,7 +60,7 @@ fn df(context: &Context, format: Format) -> anyhow::Result<u8> {
     Ok(crate::EXIT_SUCCESS)
 }
 
-fn measure(context: &Context) -> anyhow::Result<[Row; 5]> {
+fn measure(context: &Context) -> anyhow::Result<Vec<Row>> {
     let images = super::image::store(context)?.usage(&super::image::in_use(context)?)?;
     let store = context.state()?;
     let records = store.list()?;
@@ -70,7 +70,7 @@ fn measure(context: &Context) -> anyhow::Result<[Row; 5]> {
         .map(|record| disk_bytes(&store.paths(&record.id).directory));
     let kernels = context.data_dir.join("kernels");
     let disks = context.data_dir.join("disks");
-    Ok([
+    let mut rows = vec![
         Row {
             kind: "Images",
             total: images.image_count,
@@ -116,7 +116,25 @@ fn measure(context: &Context) -> anyhow::Result<[Row; 5]> {
             size_bytes: disk_bytes(&disks),
             reclaimable_bytes: disk_bytes(&disks),
         },
-    ])
+    ];
+    rows.extend(pool_row(context)?);
+    Ok(rows)
+}
+
+/// The pool that disks of VMs are in, where there is one. Its file is used again, never given back.
+fn pool_row(context: &Context) -> anyhow::Result<Option<Row>> {
+    let pool = context.data_dir.join("pool/pool.img");
+    if !pool.exists() {
+        return Ok(None);
+    }
+    let mounted = super::pool::mount::mounted_pool(&crate::disks::pool_directory(context))?;
+    Ok(Some(Row {
+        kind: "Disk pool",
+        total: 1,
+        active: usize::from(mounted.is_some()),
+        size_bytes: disk_bytes(&pool),
+        reclaimable_bytes: 0,
+    }))
 }
 
 /// Bytes that a tree takes on its file system.

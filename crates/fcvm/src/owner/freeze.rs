@@ -19,7 +19,7 @@ use fcvm_hypervisor::{GuestMemory, MemoryMapping, NetworkBackend, NetworkSpec, P
 use fcvm_memory::page_file::{anonymous_file, seal, seal_ahead};
 use fcvm_memory::{CapturedPages, GuestMapping, PageFile};
 use fcvm_network::ConnectionId;
-use fcvm_storage::{BranchMethod, CopyStore, Disk, DiskStore, DiskUsage, FrozenDisk};
+use fcvm_storage::{BranchMethod, Disk, DiskStore, DiskUsage, FrozenDisk};
 use fcvm_types::record::{Resource, VmState};
 
 use super::fork::{Estimate, Usage};
@@ -150,13 +150,7 @@ impl RunningVm {
                 successor,
             });
         }
-        // A VM that stays in its process stays with its file. Over a frozen one that is what was
-        // written since, and little.
-        let store: Box<dyn DiskStore> = if is_overlay {
-            Box::new(CopyStore::new(self.foundation.disks.clone()))
-        } else {
-            fcvm_storage::choose(&self.foundation.disks, false)?
-        };
+        let store = crate::disks::another(&**store, &self.foundation.disks)?;
         if let Some(warning) = store.method().warning().filter(|_| !is_overlay) {
             tracing::warn!(target: "vm", "{warning}");
         }

@@ -24,6 +24,7 @@ use super::spec::VmSpec;
 use super::{Entry, Stopwatch};
 use crate::args::run::{AcceleratorChoice, NetworkMode};
 use crate::context::Context;
+use crate::disks::Disks;
 use crate::template::Template;
 
 /// Role of the hypervisor's process in the record.
@@ -124,12 +125,18 @@ pub(super) async fn assemble(
     let accelerator = accelerator(context, spec.accelerator)?;
     watch.lap("accelerator");
     let root = open_root(spec)?;
+    let Disks {
+        directory: disks,
+        store,
+    } = crate::disks::find(context)?;
     let scratch = match spec.read_only {
         true => None,
-        false => Some(scratch(context, ByteSize::from_bytes(spec.disk_bytes))?),
+        false => Some(scratch(
+            context,
+            &disks,
+            ByteSize::from_bytes(spec.disk_bytes),
+        )?),
     };
-    let disks = context.data_dir.join("disks");
-    let store = fcvm_storage::choose(&disks, false)?;
     watch.lap("disks");
     let (network, interface) = connect(context, spec, entry, accelerator)?;
     watch.lap("network");
@@ -189,8 +196,10 @@ pub(super) async fn prepare_clone(
     watch: &mut Stopwatch,
 ) -> anyhow::Result<Prepared> {
     let root = open_root(spec)?;
-    let disks = context.data_dir.join("disks");
-    let store = fcvm_storage::choose(&disks, false)?;
+    let Disks {
+        directory: disks,
+        store,
+    } = crate::disks::find(context)?;
     let scratch = match &template.disk {
         Some(expected) => Some(store.branch_ahead(expected)?),
         None => None,
@@ -285,10 +294,10 @@ fn open_root(spec: &VmSpec) -> anyhow::Result<File> {
         .with_context(|| format!("cannot open the root image {}", spec.root_image.display()))
 }
 
-fn scratch(context: &Context, size: ByteSize) -> anyhow::Result<Disk> {
+fn scratch(context: &Context, disks: &Path, size: ByteSize) -> anyhow::Result<Disk> {
     let mkfs = fcvm_storage::find_mkfs(&context.search_path.to_string_lossy())
         .context("mkfs.ext4 is missing: install the package e2fsprogs")?;
-    let disk = ScratchStore::new(context.data_dir.join("disks"), mkfs).create(size)?;
+    let disk = ScratchStore::new(disks.to_owned(), mkfs).create(size)?;
     tracing::debug!(target: "vm", "the writable disk was made: {:?}", disk.method);
     Disk::raw(disk.file).context("cannot use the writable disk")
 }

@@ -35,6 +35,8 @@ pub(crate) struct Lab {
     pub(crate) runtime: PathBuf,
     /// `PATH`, where it is not the test's own.
     pub(crate) path: Option<OsString>,
+    /// `FCVM_DISK_STORE`; `FCVM_TEST_DISK_STORE` says it for all tests.
+    pub(crate) disk_store: Option<String>,
     user: Option<u32>,
     marker: u64,
     finished: Cell<bool>,
@@ -108,6 +110,7 @@ impl Lab {
             data: path("data"),
             runtime: path("run"),
             path: None,
+            disk_store: std::env::var("FCVM_TEST_DISK_STORE").ok(),
             user,
             // Below the default limit, and no two that run on one machine are likely to be equal.
             marker: (u64::from(std::process::id()) * 131 + COUNT.fetch_add(1, Ordering::Relaxed))
@@ -192,6 +195,9 @@ impl Lab {
             .env("TMPDIR", self.directory.path().join("tmp"));
         if let Some(path) = &self.path {
             command.env("PATH", path);
+        }
+        if let Some(store) = &self.disk_store {
+            command.env("FCVM_DISK_STORE", store);
         }
         if let Some(user) = self.user {
             command.uid(user).gid(user).current_dir("/");
@@ -401,6 +407,7 @@ impl Lab {
             "kernels",
             "images",
             "disks",
+            "pool",
             "snapshots",
             "snapshots/.lock",
             HOST_PROBE,
@@ -428,6 +435,11 @@ impl Lab {
     #[track_caller]
     pub(crate) fn finish(self) {
         assert_eq!(self.ok(&["ls", "-a", "-q"]), "", "VMs are left");
+        let pool = self.data.join("pool/mnt");
+        if pool.is_dir() {
+            // Nobody has a file open there any more.
+            self.ok(&["pool", "unmount", pool.to_str().unwrap()]);
+        }
         self.wait_for_no_process();
         assert_eq!(self.leftovers(), [] as [PathBuf; 0], "files are left");
         self.finished.set(true);
@@ -465,6 +477,10 @@ impl Drop for Lab {
         if std::thread::panicking() {
             self.explain();
         }
+        let _ = Command::new("fusermount3")
+            .args(["-u", "-z"])
+            .arg(self.data.join("pool/mnt"))
+            .output();
         for (pid, _) in self.processes() {
             let _ = kill_process(pid, Signal::KILL);
             process::wait_gone(pid);

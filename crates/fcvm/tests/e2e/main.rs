@@ -22,6 +22,7 @@ mod lifecycle;
 mod logs;
 mod network;
 mod ordinary;
+mod pool;
 mod process;
 mod refusals;
 mod registry;

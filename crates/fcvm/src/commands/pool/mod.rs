@@ -1,5 +1,6 @@
 //! `fcvm pool`: the block-cloning pool from the command line.
 
+mod bench;
 pub(crate) mod mount;
 mod stream;
 

@@ -41,75 +41,165 @@ pub(super) fn run(context: &Context, pool: &Path, command: MountCommand) -> anyh
         MountCommand::Mount {
             directory,
             foreground,
-        } => mount(context, pool, &directory, foreground),
+            write_through,
+        } => Mount::new(pool, &directory, write_through)?.run(context, foreground),
         MountCommand::Unmount { directory } => unmount(context, &directory),
-        MountCommand::KeepMount { directory } => keeper(context, pool, &directory),
-        MountCommand::ServeMount { takeover } => server(pool, takeover),
+        MountCommand::Bench(arguments) => super::bench::run(context, &arguments),
+        MountCommand::KeepMount {
+            directory,
+            write_through,
+        } => Mount::new(pool, &directory, write_through)?.keeper(context),
+        MountCommand::ServeMount {
+            takeover,
+            write_through,
+        } => server(pool, takeover, write_through),
+        MountCommand::ServeBare => bare_server(pool),
     }
 }
 
-/// `fcvm pool mount`.
-pub(crate) fn mount(
-    context: &Context,
-    pool: &Path,
-    directory: &Path,
-    in_foreground: bool,
-) -> anyhow::Result<u8> {
-    let pool = std::path::absolute(pool)?;
-    let directory = std::path::absolute(directory)?;
-    if !pool.exists() {
-        bail!(
-            "there is no pool {}; make one with 'fcvm pool create --size SIZE'",
-            pool.display()
-        );
-    }
-    if in_foreground {
-        prepare_directory(&directory)?;
-        return keep(context, &pool, &directory, None);
-    }
-    start(context, &pool, &directory)?;
-    println!("{}", directory.display());
-    Ok(crate::EXIT_SUCCESS)
+/// What is mounted where.
+#[derive(Debug, Clone)]
+pub(crate) struct Mount {
+    pool: PathBuf,
+    directory: PathBuf,
+    /// The kernel gathers no writes.
+    is_write_through: bool,
 }
 
-/// Mounts a pool on a directory, which is made if need be; returns when the mount answers.
-pub(crate) fn start(context: &Context, pool: &Path, directory: &Path) -> anyhow::Result<()> {
-    prepare_directory(directory)?;
-    let log_path = context.data_dir.join("pool/mount.log");
-    let log = open_log(&log_path)?;
-    let before_bytes = log.metadata()?.len();
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut keeper = Command::new(program)
-        .arg("--data-dir")
-        .arg(&context.data_dir)
-        .args(["pool", "keep-mount", "--pool"])
-        .arg(pool)
-        .arg(directory)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(log)
-        .spawn()
-        .context("cannot start the process that keeps the mount")?;
-    let mut said = String::new();
-    if let Some(output) = keeper.stdout.take() {
-        BufReader::new(output)
-            .read_line(&mut said)
-            .context("cannot read what the keeper of the mount says")?;
+impl Mount {
+    /// A pool and the directory to mount it on.
+    pub(crate) fn new(
+        pool: &Path,
+        directory: &Path,
+        is_write_through: bool,
+    ) -> anyhow::Result<Self> {
+        let directory = std::path::absolute(directory)?;
+        Ok(Self {
+            pool: std::path::absolute(pool)?,
+            // Without a slash at the end, as the table of mounts has it.
+            directory: directory.components().collect(),
+            is_write_through,
+        })
     }
-    if said.trim() == READY {
-        return Ok(());
+
+    /// `fcvm pool mount`.
+    pub(crate) fn run(&self, context: &Context, in_foreground: bool) -> anyhow::Result<u8> {
+        if !self.pool.exists() {
+            bail!(
+                "there is no pool {}; make one with 'fcvm pool create --size SIZE'",
+                self.pool.display()
+            );
+        }
+        if in_foreground {
+            prepare_directory(&self.directory)?;
+            return self.keep(context, None);
+        }
+        self.start(context)?;
+        println!("{}", self.directory.display());
+        Ok(crate::EXIT_SUCCESS)
     }
-    let _ = keeper.wait();
-    let log = std::fs::read(&log_path).unwrap_or_default();
-    let log = log.get(before_bytes as usize..).unwrap_or_default();
-    let log = String::from_utf8_lossy(log);
-    let reason = log.lines().rfind(|line| !line.trim().is_empty());
-    let reason = reason.unwrap_or("the process ended");
-    bail!(
-        "{}",
-        printable(reason.strip_prefix("Error: ").unwrap_or(reason))
-    );
+
+    /// Mounts, on a directory which is made if need be; returns when the mount answers.
+    pub(crate) fn start(&self, context: &Context) -> anyhow::Result<()> {
+        prepare_directory(&self.directory)?;
+        let log_path = context.data_dir.join("pool/mount.log");
+        let log = open_log(&log_path)?;
+        let before_bytes = log.metadata()?.len();
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut keeper = Command::new(program)
+            .arg("--data-dir")
+            .arg(&context.data_dir)
+            .args(["pool", "keep-mount", "--pool"])
+            .arg(&self.pool)
+            .args(self.is_write_through.then_some("--write-through"))
+            .arg(&self.directory)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .context("cannot start the process that keeps the mount")?;
+        let mut said = String::new();
+        if let Some(output) = keeper.stdout.take() {
+            BufReader::new(output)
+                .read_line(&mut said)
+                .context("cannot read what the keeper of the mount says")?;
+        }
+        if said.trim() == READY {
+            return Ok(());
+        }
+        let _ = keeper.wait();
+        let log = std::fs::read(&log_path).unwrap_or_default();
+        let log = log.get(before_bytes as usize..).unwrap_or_default();
+        let log = String::from_utf8_lossy(log);
+        let reason = log.lines().rfind(|line| !line.trim().is_empty());
+        let reason = reason.unwrap_or("the process ended");
+        let reason = reason.strip_prefix("Error: ").unwrap_or(reason);
+        bail!("{}", printable(reason));
+    }
+
+    /// `fcvm pool keep-mount`: the keeper that [`start`](Self::start) starts.
+    pub(crate) fn keeper(&self, context: &Context) -> anyhow::Result<u8> {
+        let report = crate::commands::run::leave_command()?;
+        self.keep(context, Some(report))
+    }
+
+    /// Mounts, and has a server until it is unmounted.
+    fn keep(&self, context: &Context, report: Option<File>) -> anyhow::Result<u8> {
+        let Some(helper) = context.find_program("fusermount3") else {
+            bail!("fusermount3 is missing: install the package fuse3");
+        };
+        let directory = &self.directory;
+        let device = blockpool_fuse::mount(&helper, &self.pool.to_string_lossy(), directory)?;
+        let journal = rustix::fs::memfd_create("fcvm-pool-journal", MemfdFlags::CLOEXEC)
+            .context("cannot make the journal")?;
+        watch_signals(helper.clone(), directory.clone());
+        let mut server = self.start_server(&device, &journal, false)?;
+        let mounted = directory.clone();
+        std::thread::spawn(move || {
+            // Answered by the server, or never.
+            if rustix::fs::statvfs(&mounted).is_ok() {
+                report.map(|mut report| report.write_all(format!("{READY}\n").as_bytes()));
+            }
+        });
+        let mut killed: Vec<Instant> = Vec::new();
+        loop {
+            let status = server.wait().context("cannot wait for the server")?;
+            if status.success() {
+                return Ok(crate::EXIT_SUCCESS);
+            }
+            killed.retain(|at| at.elapsed() < RESTART_PERIOD);
+            killed.push(Instant::now());
+            if status.code().is_some() || killed.len() > RESTARTS_MAX {
+                give_up(&helper, directory, status);
+                return Ok(EXIT_FCVM_FAILED);
+            }
+            tracing::warn!(
+                "the server of {} ended ({status}): another takes over",
+                directory.display()
+            );
+            server = self.start_server(&device, &journal, true)?;
+        }
+    }
+
+    fn start_server(
+        &self,
+        device: &OwnedFd,
+        journal: &OwnedFd,
+        is_takeover: bool,
+    ) -> anyhow::Result<Child> {
+        Command::new("/proc/self/exe")
+            .args(["pool", "serve-mount", "--pool"])
+            .arg(&self.pool)
+            .args(is_takeover.then_some("--takeover"))
+            .args(self.is_write_through.then_some("--write-through"))
+            .stdin(device.try_clone()?)
+            .stdout(journal.try_clone()?)
+            // What interrupts the keeper is for it to handle.
+            .process_group(0)
+            .spawn()
+            .context("cannot start the server of the mount")
+    }
 }
 
 fn prepare_directory(directory: &Path) -> anyhow::Result<()> {
@@ -154,54 +244,6 @@ fn open_log(path: &Path) -> anyhow::Result<File> {
     Ok(log)
 }
 
-/// `fcvm pool keep-mount`: the keeper that [`start`] starts.
-pub(crate) fn keeper(context: &Context, pool: &Path, directory: &Path) -> anyhow::Result<u8> {
-    let report = crate::commands::run::leave_command()?;
-    keep(context, pool, directory, Some(report))
-}
-
-/// Mounts, and has a server until it is unmounted.
-fn keep(
-    context: &Context,
-    pool: &Path,
-    directory: &Path,
-    report: Option<File>,
-) -> anyhow::Result<u8> {
-    let Some(helper) = context.find_program("fusermount3") else {
-        bail!("fusermount3 is missing: install the package fuse3");
-    };
-    let device = blockpool_fuse::mount(&helper, &pool.to_string_lossy(), directory)?;
-    let journal = rustix::fs::memfd_create("fcvm-pool-journal", MemfdFlags::CLOEXEC)
-        .context("cannot make the journal")?;
-    watch_signals(helper.clone(), directory.to_owned());
-    let mut server = start_server(pool, &device, &journal, false)?;
-    let mounted = directory.to_owned();
-    std::thread::spawn(move || {
-        // Answered by the server, or never.
-        if rustix::fs::statvfs(&mounted).is_ok() {
-            report.map(|mut report| report.write_all(format!("{READY}\n").as_bytes()));
-        }
-    });
-    let mut killed: Vec<Instant> = Vec::new();
-    loop {
-        let status = server.wait().context("cannot wait for the server")?;
-        if status.success() {
-            return Ok(crate::EXIT_SUCCESS);
-        }
-        killed.retain(|at| at.elapsed() < RESTART_PERIOD);
-        killed.push(Instant::now());
-        if status.code().is_some() || killed.len() > RESTARTS_MAX {
-            give_up(&helper, directory, status);
-            return Ok(EXIT_FCVM_FAILED);
-        }
-        tracing::warn!(
-            "the server of {} ended ({status}): another takes over",
-            directory.display()
-        );
-        server = start_server(pool, &device, &journal, true)?;
-    }
-}
-
 fn give_up(helper: &Path, directory: &Path, status: ExitStatus) {
     // The server has said why, unless it was killed again and again.
     if status.code().is_none() {
@@ -213,26 +255,6 @@ fn give_up(helper: &Path, directory: &Path, status: ExitStatus) {
     if let Err(error) = blockpool_fuse::unmount(helper, directory, true) {
         tracing::warn!("{error}");
     }
-}
-
-fn start_server(
-    pool: &Path,
-    device: &OwnedFd,
-    journal: &OwnedFd,
-    is_takeover: bool,
-) -> anyhow::Result<Child> {
-    let mut command = Command::new("/proc/self/exe");
-    command.args(["pool", "serve-mount", "--pool"]).arg(pool);
-    if is_takeover {
-        command.arg("--takeover");
-    }
-    command
-        .stdin(device.try_clone()?)
-        .stdout(journal.try_clone()?)
-        // What interrupts the keeper is for it to handle.
-        .process_group(0)
-        .spawn()
-        .context("cannot start the server of the mount")
 }
 
 /// A keeper that is told to end unmounts, where nobody uses the files.
@@ -261,7 +283,7 @@ fn watch_signals(helper: PathBuf, directory: PathBuf) {
 }
 
 /// `fcvm pool serve-mount`: the server that a keeper starts. Its standard input is the kernel's side, its output the journal.
-pub(crate) fn server(pool_path: &Path, is_takeover: bool) -> anyhow::Result<u8> {
+fn server(pool_path: &Path, is_takeover: bool, is_write_through: bool) -> anyhow::Result<u8> {
     let device = std::io::stdin().as_fd().try_clone_to_owned()?;
     let journal = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
     if journal.metadata()?.file_type()
@@ -276,16 +298,24 @@ pub(crate) fn server(pool_path: &Path, is_takeover: bool) -> anyhow::Result<u8> 
         .with_context(|| pool_path.display().to_string())?;
     let options = Options {
         thread_count: THREAD_COUNT,
-        writeback_cache: std::env::var_os("FCVM_POOL_WRITEBACK").is_some(),
+        writeback_cache: !is_write_through,
         host_directory: pool_path.parent().map(Path::to_owned),
     };
     blockpool_fuse::serve(device, &pool, options, is_takeover)?;
     Ok(crate::EXIT_SUCCESS)
 }
 
+/// `fcvm pool serve-bare`: the server of a mount that has one file and does nothing to it.
+fn bare_server(path: &Path) -> anyhow::Result<u8> {
+    let device = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let file = File::options().read(true).write(true).open(path)?;
+    blockpool_fuse::serve_passthrough(device, &file, THREAD_COUNT)?;
+    Ok(crate::EXIT_SUCCESS)
+}
+
 /// `fcvm pool unmount`: returns when the pool is free for others.
-pub(crate) fn unmount(context: &Context, directory: &Path) -> anyhow::Result<u8> {
-    let directory = std::path::absolute(directory)?;
+fn unmount(context: &Context, directory: &Path) -> anyhow::Result<u8> {
+    let directory: PathBuf = std::path::absolute(directory)?.components().collect();
     let Some(helper) = context.find_program("fusermount3") else {
         bail!("fusermount3 is missing: install the package fuse3");
     };

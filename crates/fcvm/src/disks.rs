@@ -1,0 +1,106 @@
+//! Where the writable disks of VMs are, and how they are branched: what `--disk-store` says.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use blockpool::{FileDisk, Pool};
+use fcvm_storage::{BranchMethod, CopyStore, DiskStore, OverlayStore, PoolStore, choose};
+
+use crate::args::DiskStoreChoice;
+use crate::commands::pool::mount;
+use crate::context::{Context, create_private_dir};
+
+/// The pool never asks for more than its file system has, and a file can have that much on ext4.
+const POOL_BYTES: std::ops::RangeInclusive<u64> = 1 << 30..=(16 << 40) - (1 << 20);
+
+/// A directory for disks, and the way to branch them there.
+pub(crate) struct Disks {
+    pub(crate) directory: PathBuf,
+    pub(crate) store: Box<dyn DiskStore>,
+}
+
+/// Finds them; a pool is made and mounted if need be.
+pub(crate) fn find(context: &Context) -> anyhow::Result<Disks> {
+    let directory = context.data_dir.join("disks");
+    let store: Box<dyn DiskStore> = match context.disk_store {
+        DiskStoreChoice::Auto => choose(&directory, false)?,
+        DiskStoreChoice::Pool => {
+            let directory = mounted(context)?;
+            let store = Box::new(PoolStore::new(directory.clone()));
+            return Ok(Disks { directory, store });
+        }
+        DiskStoreChoice::Overlay => Box::new(OverlayStore::new(directory.clone())),
+        DiskStoreChoice::Copy => Box::new(CopyStore::new(directory.clone())),
+    };
+    std::fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
+    Ok(Disks { directory, store })
+}
+
+/// A store of the same kind in the same place.
+pub(crate) fn another(
+    store: &dyn DiskStore,
+    directory: &Path,
+) -> anyhow::Result<Box<dyn DiskStore>> {
+    Ok(match store.method() {
+        BranchMethod::Pool => Box::new(PoolStore::new(directory.to_owned())),
+        // A VM that stays in its process stays with its file. Over a frozen one that is what was
+        // written since, and little.
+        BranchMethod::Overlay | BranchMethod::Copy => {
+            Box::new(CopyStore::new(directory.to_owned()))
+        }
+        BranchMethod::Reflink => choose(directory, false)?,
+    })
+}
+
+/// The pool of the data directory, where it is mounted.
+pub(crate) fn pool_directory(context: &Context) -> PathBuf {
+    context.data_dir.join("pool/mnt")
+}
+
+/// Makes and mounts the pool of the data directory where nobody has, and gives the directory of disks in it.
+fn mounted(context: &Context) -> anyhow::Result<PathBuf> {
+    let home = context.data_dir.join("pool");
+    create_private_dir(&home)?;
+    let directory = pool_directory(context);
+    // Of several first runs one mounts. The directory itself is the lock, which ends with its holder.
+    let lock = File::open(&home).with_context(|| format!("cannot open {}", home.display()))?;
+    lock.lock()
+        .with_context(|| format!("cannot lock {}", home.display()))?;
+    let is_mounted = mount::mounted_pool(&directory)?.is_some();
+    if !is_mounted || mount::is_dead(&directory) {
+        let pool = home.join("pool.img");
+        if !pool.exists() {
+            make(&pool)?;
+        }
+        let mount = mount::Mount::new(&pool, &directory, false)?;
+        mount
+            .start(context)
+            .context("cannot mount the pool for disks")?;
+    }
+    let disks = directory.join("disks");
+    match std::fs::create_dir(&disks) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("cannot make {}", disks.display()))
+        }
+        _ => Ok(disks),
+    }
+}
+
+fn make(path: &Path) -> anyhow::Result<()> {
+    let failed = || format!("cannot make the pool {}", path.display());
+    let space = rustix::fs::statvfs(path.parent().unwrap_or(path)).with_context(failed)?;
+    let host_bytes = space.f_blocks.saturating_mul(space.f_frsize);
+    let size_bytes = host_bytes.clamp(*POOL_BYTES.start(), *POOL_BYTES.end());
+    // A pool that is made half is none: it gets its name when it is whole.
+    let unfinished = path.with_extension("new");
+    let _ = std::fs::remove_file(&unfinished);
+    let disk = FileDisk::create(&unfinished, size_bytes)?;
+    let mut pool_id = [0; 16];
+    getrandom::fill(&mut pool_id)
+        .map_err(|error| anyhow::anyhow!("cannot get random bytes: {error}"))?;
+    Pool::create(Arc::new(disk), size_bytes, pool_id).with_context(failed)?;
+    std::fs::rename(&unfinished, path).with_context(failed)
+}
