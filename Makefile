@@ -50,16 +50,23 @@ test: ## everything that CI runs: lint, checks, all tests
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory agent
 	$(CARGO) build --locked --workspace --all-targets
-	$(MAKE) --no-print-directory test-kernel
-	FCVM_AGENT_BIN=$(AGENT) FCVM_TEST_AGENT=$(AGENT) FCVM_TEST_KERNEL_DIR=$(TEST_DATA)/kernels/current \
+	$(MAKE) --no-print-directory guest-kernel
+	FCVM_TEST_KERNEL_SOURCES=$(TEST_DATA)/kernels/sources FCVM_AGENT_BIN=$(AGENT) FCVM_TEST_AGENT=$(AGENT) FCVM_TEST_KERNEL_DIR=$(TEST_DATA)/kernels/current \
 	    $(CARGO) test --locked --workspace --no-fail-fast
 
 # Where the package archive is out of reach the tests that boot say that they are skipped.
-.PHONY: test-kernel
-test-kernel:
+.PHONY: guest-kernel
+guest-kernel:
 	@mkdir -p $(TEST_DATA)
 	$(TARGET_DIR)/debug/fcvm --data-dir $(TEST_DATA) setup kernel || \
 	    echo "make test: no guest kernel could be had: tests that boot one are skipped" >&2
+
+.PHONY: test-kernel
+test-kernel: agent ## build the guest-min kernel from source and boot it: takes up to an hour
+	scripts/install-deps --test
+	$(CARGO) build --locked -p fcvm
+	@mkdir -p $(TEST_DATA)
+	FCVM_AGENT_BIN=$(AGENT) scripts/test-kernel $(TARGET_DIR)/debug/fcvm $(TEST_DATA)
 
 .PHONY: lint
 lint: ## formatting, clippy, dependency rule, licences, advisories, tidiness

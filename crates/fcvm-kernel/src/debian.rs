@@ -84,14 +84,23 @@ enum Lists {
 
 /// A package that apt can download.
 #[derive(Debug, PartialEq, Eq)]
-struct Candidate {
+pub(crate) struct Candidate {
     name: String,
     version: String,
     size_bytes: u64,
 }
 
+impl Candidate {
+    /// Its version.
+    pub(crate) fn version(&self) -> &str {
+        &self.version
+    }
+}
+
 /// apt with directories of its own.
-struct Apt {
+pub(crate) struct Apt {
+    /// Sources in place of the host's.
+    sources: Option<PathBuf>,
     directory: PathBuf,
     architecture: Architecture,
 }
@@ -99,10 +108,55 @@ struct Apt {
 impl Apt {
     /// Lays out the directories and writes the configuration for both kinds of lists.
     fn prepare(directory: &Path, architecture: Architecture) -> Result<Self> {
-        let apt = Self {
+        Self::lay_out(Self {
+            sources: None,
             directory: directory.to_owned(),
             architecture,
+        })
+    }
+
+    /// With sources of its own (sources.list(5)), not the host's; what is in `directory` is used again.
+    pub(crate) fn with_sources(
+        directory: &Path,
+        architecture: Architecture,
+        sources: &str,
+    ) -> Result<Self> {
+        files::create_dir(directory)?;
+        let path = directory.join("sources.list");
+        fs::write(&path, sources).map_err(KernelError::file("write", &path))?;
+        Self::lay_out(Self {
+            sources: Some(path),
+            directory: directory.to_owned(),
+            architecture,
+        })
+    }
+
+    /// The newest version of a package.
+    pub(crate) fn package(&self, name: &str) -> Result<Candidate> {
+        let missing = || KernelError::NoPackage {
+            package: name.to_owned(),
         };
+        let record = self.show(Lists::Own, name)?.ok_or_else(missing)?;
+        let version = field(&record, "Version").ok_or_else(missing)?;
+        let size = field(&record, "Size").and_then(|size| size.parse().ok());
+        Ok(Candidate {
+            name: name.to_owned(),
+            version: version.to_owned(),
+            size_bytes: size.unwrap_or(0),
+        })
+    }
+
+    /// Downloads a package that [`Apt::package`] found.
+    pub(crate) fn fetch_candidate(
+        &self,
+        candidate: &Candidate,
+        progress: Progress<'_>,
+    ) -> Result<FetchedPackage> {
+        self.download(Lists::Own, candidate, progress)
+    }
+
+    fn lay_out(apt: Self) -> Result<Self> {
+        let directory = &apt.directory;
         for name in ["lists/partial", "cache/archives/partial", "packages"] {
             files::create_dir(&directory.join(name))?;
         }
@@ -150,12 +204,19 @@ impl Apt {
             Lists::Own => format!("{directory}/lists"),
         };
         let architecture = self.architecture.debian_name();
+        let sources = self.sources.as_ref().map_or(String::new(), |path| {
+            format!(
+                "Dir::Etc::sourcelist \"{}\";\nDir::Etc::sourceparts \"/dev/null\";\n",
+                path.display()
+            )
+        });
         // Dir::Etc::main and parts: the host's files are in this one already. Sandbox::User: the
         // sandbox user may not enter our directory, and without root there is no other user anyway.
         // Error-Mode: a source that does not answer is an error to tell, not a list that is empty.
         format!(
             "Dir::Etc::main \"/dev/null\";\n\
              Dir::Etc::parts \"/dev/null\";\n\
+             {sources}\
              Dir::State \"{directory}\";\n\
              Dir::State::lists \"{lists}\";\n\
              Dir::State::status \"{directory}/status\";\n\
@@ -186,7 +247,7 @@ impl Apt {
         }
     }
 
-    fn lists_are_fresh(&self) -> bool {
+    pub(crate) fn lists_are_fresh(&self) -> bool {
         fs::metadata(self.directory.join("updated"))
             .and_then(|metadata| metadata.modified())
             .is_ok_and(|time| {
@@ -196,7 +257,7 @@ impl Apt {
             })
     }
 
-    fn update(&self, progress: Progress<'_>) -> Result<()> {
+    pub(crate) fn update(&self, progress: Progress<'_>) -> Result<()> {
         progress(SetupEvent {
             total: Some(100),
             ..SetupEvent::start(SetupStage::Lists, "")

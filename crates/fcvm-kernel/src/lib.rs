@@ -3,7 +3,7 @@
 //! [`setup`] fetches Debian's packaged cloud kernel with apt, as any user and without touching the
 //! host's own packages, and keeps what a microVM boots from it: the uncompressed kernel and a few
 //! modules. [`initramfs`] packs the agent and those modules. What happens at boot is the business of
-//! the hypervisor's crate and of the agent; building kernels from source is not here yet.
+//! the hypervisor's crate and of the agent. [`build`] makes kernels from source, by profile.
 //!
 //! A directory that the caller chooses holds everything:
 //!
@@ -14,6 +14,7 @@
 //!                       and modules/list with the modules' names in the order of loading
 //! initramfs/DIGEST.cpio one per agent and set of modules
 //! extracted/vmlinux-*   kernels that users gave as files, unpacked
+//! sources/ work/ built/ kernels from source: see [`build`]
 //! apt/                  package lists and downloads of an unfinished setup
 //! .partial-*            what a killed setup left; the next one removes it
 //! ```
@@ -21,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+pub mod build;
 mod custom;
 mod debian;
 mod decompress;

@@ -106,7 +106,7 @@ impl StoredFile {
         })
     }
 
-    fn check(&self, directory: &Path, check: Check) -> Result<()> {
+    pub(crate) fn check(&self, directory: &Path, check: Check) -> Result<()> {
         let path = directory.join(&self.path);
         let damaged = |reason: &str| KernelError::Damaged {
             path: path.clone(),

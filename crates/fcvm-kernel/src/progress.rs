@@ -15,6 +15,10 @@ pub enum SetupStage {
     Download,
     /// The package is unpacked and the kernel extracted.
     Unpack,
+    /// A kernel is built from source: objects.
+    Build,
+    /// The kernel that was built is stored.
+    Store,
 }
 
 impl fmt::Display for SetupStage {
@@ -25,6 +29,8 @@ impl fmt::Display for SetupStage {
             Self::Lists => "fetching package lists",
             Self::Download => "fetching the kernel package",
             Self::Unpack => "unpacking the kernel",
+            Self::Build => "building",
+            Self::Store => "storing the kernel",
         })
     }
 }
@@ -36,7 +42,7 @@ pub struct SetupEvent {
     pub stage: SetupStage,
     /// Work done, in the unit of `total`.
     pub done: u64,
-    /// Bytes in the whole for [`SetupStage::Download`], 100 (percent) for [`SetupStage::Lists`],
+    /// Bytes in the whole for [`SetupStage::Download`], objects for [`SetupStage::Build`], 100 (percent) for [`SetupStage::Lists`],
     /// absent where the amount is not known.
     pub total: Option<u64>,
     /// What is worked on, for example the package's name; empty where there is nothing to say.

@@ -168,8 +168,9 @@ pub(crate) struct StartArguments {
     /// Accelerator
     #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
     pub(crate) accel: AcceleratorChoice,
-    /// Guest kernel: a vmlinux or bzImage [default: the one that setup fetched]
-    #[arg(long, value_name = "FILE", help_heading = "Machine")]
+    /// Guest kernel: a vmlinux or bzImage, or a kernel or profile of 'fcvm kernel ls' [default: the one
+    /// that setup made ready]
+    #[arg(long, value_name = "FILE|NAME", help_heading = "Machine")]
     pub(crate) kernel: Option<PathBuf>,
     /// Time limit from the hypervisor's start to the agent's first word
     #[arg(long, value_name = "DURATION", default_value = "120s", help_heading = "Machine", value_parser = parse_duration)]

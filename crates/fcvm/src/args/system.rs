@@ -24,8 +24,13 @@ pub(crate) enum SetupStep {
         #[arg(long, value_enum, default_value = "table")]
         format: Format,
     },
-    /// Fetch the guest kernel and pack the initramfs
+    /// Make the guest kernel ready and pack the initramfs
     Kernel {
+        /// Which one guests boot from now on: guest-min, guest or guest-zfs (built from source where
+        /// it is not there), the name of a built kernel, or packaged (Debian's) [default: the one in use,
+        /// else packaged]
+        #[arg(long, value_name = "PROFILE")]
+        profile: Option<String>,
         /// Fetch again, also when it is there and intact
         #[arg(long)]
         force: bool,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::probe::{HostProbe, probe_host};
+use fcvm_kernel::build::{self, BuildError};
 use fcvm_kernel::{Architecture, GuestKernel, SetupEvent, SetupOptions};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -16,19 +17,60 @@ use crate::context::Context;
 pub(crate) async fn run(context: &Context, arguments: SetupArguments) -> anyhow::Result<u8> {
     match arguments.step {
         Some(SetupStep::Preflight { format }) => super::preflight::run(context, format),
-        Some(SetupStep::Kernel { force }) => {
-            kernel(context, force)?;
+        Some(SetupStep::Kernel { force, profile }) => {
+            kernel(context, force, profile.as_deref())?;
             Ok(crate::EXIT_SUCCESS)
         }
         None => {
-            kernel(context, false)?;
+            kernel(context, false, None)?;
             super::preflight::run(context, Format::Table)
         }
     }
 }
 
-/// Fetches the kernel and packs the initramfs.
-fn kernel(context: &Context, force: bool) -> anyhow::Result<()> {
+/// What `--profile` calls Debian's packaged kernel.
+const PACKAGED: &str = "packaged";
+
+/// Makes the kernel ready and packs the initramfs.
+fn kernel(context: &Context, force: bool, profile: Option<&str>) -> anyhow::Result<()> {
+    let directories = super::kernel::build::directories(context);
+    let kernel = match profile {
+        Some(PACKAGED) => {
+            build::select(&directories, None)?;
+            None
+        }
+        Some(name) => {
+            let built = match build::find(&directories, name) {
+                Ok(built) if !force => built,
+                Err(BuildError::Ambiguous { .. }) => build::find(&directories, name)?,
+                _ => super::kernel::build::build_default(context, name)?,
+            };
+            build::select(&directories, Some(&built))?;
+            Some(built.guest_kernel())
+        }
+        None => selected(context)?,
+    };
+    let kernel = match kernel {
+        Some(kernel) => kernel,
+        None => packaged(context, force)?,
+    };
+    let initramfs = initramfs(context, &kernel)?;
+    let package = kernel
+        .package
+        .as_deref()
+        .map_or(String::new(), |package| format!(" from {package}"));
+    println!("Guest kernel {}{package}", kernel.version);
+    println!("  kernel     {}", kernel.vmlinux.display());
+    println!(
+        "  initramfs  {} ({} modules and the agent)",
+        initramfs.display(),
+        kernel.modules.len()
+    );
+    Ok(())
+}
+
+/// Fetches Debian's kernel.
+fn packaged(context: &Context, force: bool) -> anyhow::Result<GuestKernel> {
     let Some(architecture) = Architecture::host() else {
         bail!("guests need an x86-64 or AArch64 host");
     };
@@ -45,23 +87,18 @@ fn kernel(context: &Context, force: bool) -> anyhow::Result<()> {
         bar.set_message(describe(&event))
     });
     bar.finish_and_clear();
-    let kernel = kernel?;
-    let initramfs = initramfs(context, &kernel)?;
-    let package = kernel
-        .package
-        .as_deref()
-        .map_or(String::new(), |package| format!(" from {package}"));
-    println!("Guest kernel {}{package}", kernel.version);
-    println!("  kernel     {}", kernel.vmlinux.display());
-    println!(
-        "  initramfs  {} ({} modules and the agent)",
-        initramfs.display(),
-        kernel.modules.len()
-    );
-    Ok(())
+    Ok(kernel?)
 }
 
-fn describe(event: &SetupEvent) -> String {
+/// The kernel from source that is in use, where one is.
+fn selected(context: &Context) -> anyhow::Result<Option<GuestKernel>> {
+    let built = build::selected(&super::kernel::build::directories(context)).context(
+        "the kernel in use is damaged: choose it anew with 'fcvm setup kernel --profile'",
+    )?;
+    Ok(built.map(|built| built.guest_kernel()))
+}
+
+pub(crate) fn describe(event: &SetupEvent) -> String {
     let stage = match &event.detail {
         detail if detail.is_empty() => event.stage.to_string(),
         detail => format!("{} ({detail})", event.stage),
@@ -90,14 +127,30 @@ pub(crate) fn probe_anew(context: &Context) -> HostProbe {
     probe(context)
 }
 
-/// The kernel that setup fetched.
+/// The kernel that setup made ready.
 pub(crate) fn installed_kernel(context: &Context) -> anyhow::Result<Option<GuestKernel>> {
+    if let Some(kernel) = selected(context)? {
+        return Ok(Some(kernel));
+    }
     Ok(fcvm_kernel::installed(&kernels(context))?)
 }
 
-/// The kernel to boot: the user's own, else the one that setup fetched.
+/// The kernel to boot: the user's own or one from source, else the one that setup made ready.
 pub(crate) fn guest_kernel(context: &Context, own: Option<&Path>) -> anyhow::Result<GuestKernel> {
     match own {
+        // A word that names no file is the name of a built kernel, or of a profile.
+        Some(name) if name.components().count() == 1 && !name.exists() => {
+            let name = name.to_string_lossy();
+            let built = build::find(&super::kernel::build::directories(context), &name)?;
+            built.check()?;
+            if built.used_for == build::Use::Host {
+                bail!(
+                    "{} is a host's kernel: guests have the profiles guest-min, guest and guest-zfs",
+                    built.name
+                );
+            }
+            Ok(built.guest_kernel())
+        }
         Some(path) => Ok(fcvm_kernel::from_file(&kernels(context), path)?),
         None => installed_kernel(context)?.context(
             "there is no guest kernel yet: run 'fcvm setup' once, or name one with --kernel",

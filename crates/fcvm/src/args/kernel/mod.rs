@@ -1,5 +1,6 @@
 //! `fcvm kernel`.
 
+pub(crate) mod build;
 pub(crate) mod install;
 pub(crate) mod tune;
 pub(crate) mod zpool;
@@ -9,6 +10,9 @@ use clap::Subcommand;
 /// `fcvm kernel ...`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum KernelCommand {
+    /// Kernels from source, by profile
+    #[command(flatten)]
+    Source(build::SourceCommand),
     /// Plan memory, processors and settings of a host of VMs with ZFS
     Tune(tune::TuneArguments),
     /// Install a host kernel below a root directory: its files and boot entries

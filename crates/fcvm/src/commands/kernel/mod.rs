@@ -1,5 +1,6 @@
 //! `fcvm kernel`.
 
+pub(crate) mod build;
 mod device;
 mod install;
 mod tune;
@@ -15,6 +16,7 @@ use crate::context::Context;
 /// `fcvm kernel ...`.
 pub(crate) fn run(context: &Context, command: KernelCommand) -> anyhow::Result<u8> {
     match command {
+        KernelCommand::Source(command) => build::run(context, command),
         KernelCommand::Tune(arguments) => tune::run(&arguments),
         KernelCommand::Zpool(command) => zpool::run(&command),
         KernelCommand::Install(arguments) => install::run(context, &arguments),

@@ -1,0 +1,79 @@
+//! Every built-in profile, resolved by the real Kconfig of real sources: nothing gets lost.
+//!
+//! `FCVM_TEST_KERNEL_SOURCES` names the directory in which `make test` keeps the sources (what configuring
+//! takes of them: 25 MB each). Without it, or without the archive, the test says that it is skipped.
+
+use std::path::Path;
+
+use fcvm_kernel::build::{self, Make, Profile, Scope, SourceSpec};
+
+#[test]
+fn every_profile_resolves_with_two_kernels() {
+    let Some(directory) = std::env::var_os("FCVM_TEST_KERNEL_SOURCES") else {
+        println!("skipped: FCVM_TEST_KERNEL_SOURCES is not set");
+        return;
+    };
+    let directory = Path::new(&directory);
+    let output = tempfile::tempdir().unwrap();
+    for source in ["debian:6.1", "debian:6.12"] {
+        let spec: SourceSpec = source.parse().unwrap();
+        let fetched = build::fetch(directory, &spec, Scope::Configuration, &mut |_| {});
+        let source = match fetched {
+            Ok(source) => source,
+            Err(error) => {
+                println!("skipped: {error}");
+                return;
+            }
+        };
+        let at = output.path().join(&source.id);
+        for profile in Profile::built_in().unwrap() {
+            let resolved = build::resolve(&source, &profile, &at, &Make::default()).unwrap();
+            let lost: Vec<String> = resolved.lost.iter().map(ToString::to_string).collect();
+            assert!(
+                lost.is_empty(),
+                "{} on {}: {lost:#?}",
+                profile.name,
+                source.release
+            );
+            defences_are_on(&profile, &resolved);
+        }
+        what_is_lost_is_told(&source, &at);
+    }
+}
+
+/// What a configuration that starts from nothing would leave off, by either kernel's names.
+fn defences_are_on(profile: &Profile, resolved: &build::Resolved) {
+    let is_on = |symbol: &str| resolved.values.contains_key(symbol);
+    for (new, old) in [
+        ("CPU_MITIGATIONS", "SPECULATION_MITIGATIONS"),
+        ("MITIGATION_RETPOLINE", "RETPOLINE"),
+        ("MITIGATION_PAGE_TABLE_ISOLATION", "PAGE_TABLE_ISOLATION"),
+        ("MITIGATION_SRSO", "CPU_SRSO"),
+        ("STACKPROTECTOR_STRONG", ""),
+        ("HARDENED_USERCOPY", ""),
+        ("RANDOMIZE_BASE", ""),
+        ("RANDOMIZE_MEMORY", ""),
+    ] {
+        assert!(is_on(new) || is_on(old), "{}: {new}", profile.name);
+    }
+    assert!(!is_on("MODULES"), "{}", profile.name);
+}
+
+fn what_is_lost_is_told(source: &build::Source, at: &Path) {
+    let mut profile = Profile::load("guest-min").unwrap();
+    let settings = ["XFS_QUOTA", "NO_SUCH_SYMBOL_AT_ALL"].map(|name| format!("CONFIG_{name}=y"));
+    profile.set(&settings).unwrap();
+    let resolved = build::resolve(source, &profile, at, &Make::default()).unwrap();
+    let lost: Vec<(&str, &str)> = resolved
+        .lost
+        .iter()
+        .map(|lost| (lost.request.symbol.as_str(), lost.reason.as_str()))
+        .collect();
+    assert_eq!(
+        lost,
+        [
+            ("NO_SUCH_SYMBOL_AT_ALL", "this source has no such symbol"),
+            ("XFS_QUOTA", "it depends on XFS_FS"),
+        ]
+    );
+}
