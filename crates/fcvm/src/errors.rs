@@ -55,6 +55,24 @@ pub(crate) fn refuse_later(verb: &str) -> anyhow::Result<u8> {
     anyhow::bail!("'fcvm {verb}' is not in this version yet; 'fcvm --help' lists what is")
 }
 
+/// Output that cannot be written ends the process: quietly where nobody reads it any more, as a pipe's
+/// signal would, else with one line. `println!` has no other way to tell.
+pub(crate) fn end_with_lost_output() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload_as_str().unwrap_or_default();
+        let Some(reason) = message.strip_prefix("failed printing to stdout: ") else {
+            return usual(panic);
+        };
+        let broken_pipe = std::io::Error::from(rustix::io::Errno::PIPE);
+        if reason == broken_pipe.to_string() {
+            std::process::exit(128 + crate::signals::SIGPIPE);
+        }
+        eprintln!("Error: cannot write to standard output: {reason}");
+        std::process::exit(EXIT_FCVM_FAILED.into());
+    }));
+}
+
 /// Prints an error and gives its exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let code = error

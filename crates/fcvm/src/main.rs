@@ -31,6 +31,7 @@ use context::Context;
 use errors::{EXIT_FCVM_FAILED, refuse_later};
 
 fn main() -> ExitCode {
+    errors::end_with_lost_output();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return errors::report_usage(&error),

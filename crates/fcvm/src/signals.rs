@@ -43,6 +43,8 @@ pub(crate) const SIGHUP: i32 = 1;
 pub(crate) const SIGINT: i32 = 2;
 pub(crate) const SIGQUIT: i32 = 3;
 pub(crate) const SIGKILL: i32 = 9;
+/// What a program is ended by that writes where nobody reads.
+pub(crate) const SIGPIPE: i32 = 13;
 pub(crate) const SIGTERM: i32 = 15;
 
 /// Reads a signal's name (with or without SIG), number, or RTMIN+N.

@@ -27,6 +27,29 @@ fn what_is_not_in_this_version_is_refused_and_never_ignored() {
 }
 
 #[test]
+fn output_that_cannot_be_written_is_no_panic() {
+    let Some(lab) = Lab::new() else { return };
+    let says = |stdout: std::process::Stdio| {
+        let mut command = lab.command(&["image", "inspect", IMAGE]);
+        let output = command.stdout(stdout).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), said)
+    };
+    let (read, nobody_reads) = std::io::pipe().unwrap();
+    drop(read);
+    assert_eq!(says(nobody_reads.into()), (Some(141), String::new()));
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let (code, said) = says(full.into());
+    assert_eq!(code, Some(125), "{said}");
+    assert!(
+        said.starts_with("Error: cannot write to standard output: No space left"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+    lab.finish();
+}
+
+#[test]
 fn wrong_values_are_told_with_the_right_form() {
     let Some(lab) = Lab::new() else { return };
     // What clap reads is told in clap's form, with code 125 all the same.
