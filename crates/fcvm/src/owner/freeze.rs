@@ -15,7 +15,9 @@ use std::rc::Rc;
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::qemu::{DeviceState, QemuStandby, QemuVm};
 use fcvm_hypervisor::spec::TRANSLATION_CACHE_BOOT;
-use fcvm_hypervisor::{GuestMemory, MemoryMapping, NetworkBackend, NetworkSpec, Pause, SaveState};
+use fcvm_hypervisor::{
+    GuestMemory, HypervisorError, MemoryMapping, NetworkBackend, NetworkSpec, Pause, SaveState,
+};
 use fcvm_memory::page_file::{anonymous_file, seal, seal_ahead};
 use fcvm_memory::{CapturedPages, GuestMapping, PageFile};
 use fcvm_network::ConnectionId;
@@ -366,7 +368,10 @@ impl RunningVm {
             let _ = relay.activate(connection);
         }
         if let Err(error) = self.machine.resume().await {
-            tracing::error!(target: "vm", "the VM cannot go on: {error}");
+            // Where the process has ended meanwhile its supervisor tells that.
+            if !matches!(error, HypervisorError::Disconnected { .. }) {
+                tracing::error!(target: "vm", "the VM cannot go on: {error}");
+            }
             machine.kill();
         }
     }

@@ -227,8 +227,9 @@ impl StateStore {
                     entries.extend(self.settle(&id, locked)?.map(Box::new).map(Entry::Vm))
                 }
                 Ok(record) => entries.push(Entry::Vm(Box::new(record))),
-                // Removed between the listing and the reading.
-                Err(_) if !self.paths(&id).directory.exists() => {}
+                // Removed between the listing and the reading, or not entered yet; what a crash left
+                // is cleared by `remove_leftovers`.
+                Err(_) if !self.paths(&id).record().exists() => {}
                 Err(reason) => entries.push(Entry::Unreadable {
                     directory: id.to_string(),
                     reason,
