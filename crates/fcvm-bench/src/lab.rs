@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;
@@ -108,7 +109,9 @@ impl Lab {
 
     /// The same with options of `fcvm run`.
     pub(crate) fn start_vm_with(&self, options: &[&str]) -> anyhow::Result<BenchVm<'_>> {
-        let name = format!("bench-{}", std::process::id());
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let name = format!("bench-{}-{number}", std::process::id());
         let run = ["run", "-d", "--name", &name, "--pull", "never"];
         self.run(&[&run[..], options, &[&self.image, "sleep", "86400"]].concat())?;
         Ok(BenchVm { lab: self, name })
