@@ -285,11 +285,18 @@ fn prepare_leaves_a_cache_and_no_vm() {
     );
     assert_eq!(caches(&lab), [] as [String; 0]);
 
-    // What cannot be prepared.
-    let line = lab.fails(
-        125,
-        &["prepare", "--network", "none", IMAGE, "sh", "-c", "exit 3"],
-    );
+    // What cannot be prepared. The health check holds the moment back that is kept until the container has ended.
+    let ends = [
+        "prepare",
+        "--network",
+        "none",
+        CHECK,
+        IMAGE,
+        "sh",
+        "-c",
+        "exit 3",
+    ];
+    let line = lab.fails(125, &ends);
     assert!(line.contains("code 3"), "{line}");
     let check = "--health-check=false";
     let line = lab.fails(
