@@ -5,7 +5,9 @@
 
 use std::path::Path;
 
-use fcvm_kernel::build::{self, Make, Profile, Scope, SourceSpec};
+use fcvm_kernel::build::{
+    self, Answers, GuestMemory, Hardware, Make, Prefer, Profile, Purpose, Scope, SourceSpec,
+};
 
 #[test]
 fn every_profile_resolves_with_two_kernels() {
@@ -26,7 +28,8 @@ fn every_profile_resolves_with_two_kernels() {
             }
         };
         let at = output.path().join(&source.id);
-        for profile in Profile::built_in().unwrap() {
+        let profiles = Profile::built_in().unwrap().into_iter();
+        for profile in profiles.chain(answered(output.path())) {
             let resolved = build::resolve(&source, &profile, &at, &Make::default()).unwrap();
             let lost: Vec<String> = resolved.lost.iter().map(ToString::to_string).collect();
             assert!(
@@ -39,6 +42,26 @@ fn every_profile_resolves_with_two_kernels() {
         }
         what_is_lost_is_told(&source, &at);
     }
+}
+
+/// Profiles made by answers that together include every part.
+fn answered(directory: &Path) -> Vec<Profile> {
+    let host = |prefer, guest_memory, hardware| Purpose::Host {
+        prefer,
+        guest_memory,
+        hardware,
+    };
+    let both = [
+        host(Prefer::Throughput, GuestMemory::None, Hardware::Common),
+        host(Prefer::Latency, GuestMemory::Reserved, Hardware::Virtual),
+    ];
+    let profiles = both.into_iter().zip(["one", "two"]).map(|(purpose, name)| {
+        let answers = Answers { purpose, zfs: true };
+        let path = directory.join(format!("{name}.toml"));
+        std::fs::write(&path, answers.profile_text(name, "").unwrap()).unwrap();
+        Profile::load(path.to_str().unwrap()).unwrap()
+    });
+    profiles.collect()
 }
 
 /// What a configuration that starts from nothing would leave off, by either kernel's names.

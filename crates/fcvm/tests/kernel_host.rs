@@ -4,9 +4,11 @@
 #![allow(missing_docs, reason = "a test program has no users")]
 
 use std::fs;
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use sha2::Digest as _;
 
 struct Said {
     code: i32,
@@ -375,4 +377,128 @@ fn the_running_system_is_changed_only_when_that_is_said() {
         fcvm(&["kernel", "install", "--root", elsewhere, "nothing"]).code,
         125
     );
+}
+
+/// A kernel in the store of a data directory, as a build would leave it.
+fn built_in(data: &std::path::Path, used_for: &str, name: &str) {
+    let image = fs::read(std::path::Path::new(&kernel_in(data)).join("bzImage")).unwrap();
+    fs::remove_dir_all(data.join("built")).unwrap();
+    let directory = data.join("kernels/built").join(name);
+    fs::create_dir_all(&directory).unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        fs::write(directory.join(name), bytes).unwrap();
+        let sum = sha2::Sha256::digest(bytes);
+        let sha256: String = sum.iter().map(|byte| format!("{byte:02x}")).collect();
+        json!({"path": name, "size_bytes": bytes.len(), "modified_ns": 0, "sha256": sha256})
+    };
+    let manifest = json!({
+        "version": 1, "name": name, "key": "0123456789abcdef", "profile": "any", "use": used_for,
+        "source": "debian:6.12", "source_id": "x", "release": "6.12.1-test", "compiler": "gcc",
+        "march": null, "object_count": 1, "built_at_seconds": 1, "symbols": [],
+        "vmlinux": file("vmlinux", b"any"), "image": file("bzImage", &image),
+        "config": file("config", b"CONFIG_EFI_STUB=y\n"),
+    });
+    fs::write(directory.join("manifest.json"), manifest.to_string()).unwrap();
+}
+
+#[test]
+fn a_built_kernel_is_installed_by_its_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path().to_str().unwrap();
+    built_in(directory.path(), "host", "host-full-6.12.1-0123456789");
+    built_in(directory.path(), "guest", "guest-6.12.1-0123456789");
+    let root = directory.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let install = |name: &'static str| {
+        [
+            "--data-dir",
+            data,
+            "kernel",
+            "install",
+            "--root",
+            root.to_str().unwrap(),
+            "--command-line",
+            "root=/dev/vda1 ro",
+            name,
+        ]
+        .map(str::to_owned)
+    };
+    let run = |words: &[String]| fcvm(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    let said = run(&install("host-full-6.12"));
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    assert!(root.join("boot/vmlinuz-6.12.1-test").is_file());
+    assert!(root.join("boot/config-6.12.1-test").is_file());
+    for (name, reason) in [("guest", "boots no host"), ("other", "no built kernel")] {
+        let said = run(&install(name));
+        assert_eq!(said.code, 125);
+        assert!(said.stderr.contains(reason), "{}", said.stderr);
+    }
+}
+
+/// `fcvm kernel config` in a directory of its own, with answers on its standard input. The source is none: what
+/// becomes of a profile is tested where real sources are.
+fn answered(directory: &std::path::Path, arguments: &[&str], input: &str) -> Said {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_fcvm"))
+        .args(["kernel", "config", "--source", "tree:/nonexistent"])
+        .args(arguments)
+        .current_dir(directory)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It may have ended before it was answered.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    Said {
+        code: output.status.code().unwrap(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn answers_make_a_profile() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    // Asked: a word that is no answer, an answer, and the defaults.
+    let said = answered(at, &["--interactive"], "neither\nhost\nlatency\n\n\n\n");
+    assert!(
+        said.stderr.contains("'neither' is none of them"),
+        "{}",
+        said.stderr
+    );
+    let asked = fs::read_to_string(at.join("kernel.toml")).unwrap();
+    assert!(asked.contains("include = [\"host-latency\"]"), "{asked}");
+    // What the file says makes the same again, and nothing is asked.
+    let line = asked.lines().next().unwrap();
+    let (_, options) = line.split_once("fcvm kernel config ").unwrap();
+    fs::remove_file(at.join("kernel.toml")).unwrap();
+    answered(at, &options.split(' ').collect::<Vec<_>>(), "");
+    assert_eq!(fs::read_to_string(at.join("kernel.toml")).unwrap(), asked);
+
+    let said = answered(at, &["--interactive"], "");
+    assert!(said.stderr.contains("is there already"), "{}", said.stderr);
+    for (arguments, reason) in [
+        (
+            &["--interactive", "--save-profile", "a.toml"][..],
+            "add --use",
+        ),
+        (&["--save-profile", "a.conf"], "end with .toml"),
+        (&["--save-profile", "a b.toml"], "letters, digits"),
+        (
+            &["--save-profile", "a.toml", "--prefer", "latency"],
+            "add --use host",
+        ),
+        (&["--prefer", "latency"], "--save-profile"),
+    ] {
+        let said = answered(at, arguments, "");
+        assert_ne!(said.code, 0, "{arguments:?}");
+        assert!(
+            said.stderr.contains(reason),
+            "{arguments:?}: {}",
+            said.stderr
+        );
+        assert!(!at.join("a.toml").exists(), "{arguments:?}");
+    }
 }

@@ -2,15 +2,19 @@
 //!
 //! ```text
 //! profile  what is asked for, with a reason for each line        (data: ../../profiles)
+//! answers  a profile from the few questions that a person can answer
 //! source   Debian's packages, a directory, an archive, a repository
 //! resolve  the source's own Kconfig makes a configuration of it; what got lost is an error
 //! builder  make, with a cache by content; store keeps what came of it
+//! deb      a host's kernel as a Debian package
 //! ```
 //!
 //! Everything is below the kernels' directory: `sources/ID/linux`, `work/ID/PROFILE` (the objects, kept so that a
 //! changed option costs only what depends on it), `built/NAME`.
 
+mod answers;
 mod builder;
+mod deb;
 mod error;
 mod kconfig;
 mod process;
@@ -24,7 +28,9 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
+pub use answers::{Answers, Features, GuestMemory, Hardware, Prefer, Purpose};
 pub use builder::{BuildOptions, Lto, Plan, build, plan};
+pub use deb::package;
 pub use error::BuildError;
 pub use process::{Make, check_tools};
 pub use profile::{KernelVersion, Origin, Profile, Request, Use};

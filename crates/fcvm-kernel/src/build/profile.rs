@@ -14,8 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{BuildError, Result};
 
 /// The profiles in this program.
-const BUILT_IN: [(&str, &str); 6] = [
-    ("hardening", include_str!("../../profiles/hardening.toml")),
+const BUILT_IN: [(&str, &str); 5] = [
     ("guest-min", include_str!("../../profiles/guest-min.toml")),
     ("guest", include_str!("../../profiles/guest.toml")),
     ("guest-zfs", include_str!("../../profiles/guest-zfs.toml")),
@@ -24,6 +23,30 @@ const BUILT_IN: [(&str, &str); 6] = [
         include_str!("../../profiles/host-latency.toml"),
     ),
     ("host-full", include_str!("../../profiles/host-full.toml")),
+];
+/// What is no kernel by itself: profiles include it.
+const PARTS: [(&str, &str); 6] = [
+    (
+        "hardening",
+        include_str!("../../profiles/parts/hardening.toml"),
+    ),
+    ("zfs", include_str!("../../profiles/parts/zfs.toml")),
+    (
+        "no-guests",
+        include_str!("../../profiles/parts/no-guests.toml"),
+    ),
+    (
+        "reserved-memory",
+        include_str!("../../profiles/parts/reserved-memory.toml"),
+    ),
+    (
+        "common-hardware",
+        include_str!("../../profiles/parts/common-hardware.toml"),
+    ),
+    (
+        "virtual-hardware",
+        include_str!("../../profiles/parts/virtual-hardware.toml"),
+    ),
 ];
 /// Profiles included in one another.
 const DEPTH_MAX: usize = 8;
@@ -176,11 +199,7 @@ impl Profile {
     /// # Errors
     /// [`BuildError::Profile`] is an error in this program.
     pub fn built_in() -> Result<Vec<Self>> {
-        BUILT_IN
-            .iter()
-            .filter(|(name, _)| *name != "hardening")
-            .map(|(name, _)| Self::load(name))
-            .collect()
+        BUILT_IN.iter().map(|(name, _)| Self::load(name)).collect()
     }
 
     /// A built-in profile, or the file `name` where it has a slash or ends with `.toml`.
@@ -218,14 +237,17 @@ impl Profile {
         if depth > DEPTH_MAX {
             return Err(refuse("it includes itself".to_owned()));
         }
-        let text = match BUILT_IN.iter().find(|(known, _)| *known == name) {
+        // A part alone would be a kernel that does not start.
+        let parts = PARTS.iter().filter(|_| depth > 0);
+        let known = BUILT_IN.iter().chain(parts);
+        let text = match known.clone().find(|(known, _)| *known == name) {
             Some((_, text)) => (*text).to_owned(),
             None if is_file(name) => {
                 let bytes = crate::files::read_bounded(Path::new(name), TEXT_MAX_BYTES)?;
                 String::from_utf8(bytes).map_err(|_| refuse("it is not UTF-8".to_owned()))?
             }
             None => {
-                let names: Vec<&str> = BUILT_IN[1..].iter().map(|(name, _)| *name).collect();
+                let names: Vec<&str> = known.map(|(name, _)| *name).collect();
                 return Err(BuildError::UnknownProfile {
                     name: name.to_owned(),
                     known: names.join(", "),

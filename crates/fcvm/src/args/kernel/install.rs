@@ -9,8 +9,8 @@ use crate::args::Format;
 /// `fcvm kernel install`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-        fcvm kernel install host --root / --dry-run                   what would change\n  \
-        fcvm kernel install host --root / --yes                       beside the distribution's kernels\n  \
+        fcvm kernel install host-full --root / --dry-run              what would change\n  \
+        fcvm kernel install host-full --root / --yes                  beside the distribution's kernels\n  \
         fcvm kernel install ./built --root /mnt --loader systemd-boot --command-line 'root=PARTUUID=... ro'\n\n\
         The default entry of the boot loader stays as it is. A rescue entry is made too: read-only, without tuning.")]
 pub(crate) struct InstallArguments {
@@ -44,7 +44,7 @@ pub(crate) struct InstallArguments {
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: Format,
-    /// The kernel: a directory with vmlinuz or bzImage, or a name below the data directory's kernels
+    /// The kernel: a name of 'fcvm kernel ls', a profile (its newest), or a directory with vmlinuz or bzImage
     pub(crate) kernel: String,
 }
 
@@ -76,8 +76,8 @@ pub(crate) struct EntriesArguments {
 /// `fcvm kernel kexec`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-        fcvm kernel kexec host            check, and show the commands\n  \
-        fcvm kernel kexec host --load     load it; the next 'systemctl kexec' starts it")]
+        fcvm kernel kexec host-full            check, and show the commands\n  \
+        fcvm kernel kexec host-full --load     load it; the next 'systemctl kexec' starts it")]
 pub(crate) struct KexecArguments {
     /// Root directory of the system that is checked; only '/' can be loaded into
     #[arg(long, value_name = "DIR", default_value = "/")]
@@ -91,6 +91,6 @@ pub(crate) struct KexecArguments {
     /// Load the kernel; it is not started yet
     #[arg(long)]
     pub(crate) load: bool,
-    /// The kernel: a directory with vmlinuz or bzImage, or a name below the data directory's kernels
+    /// The kernel: a name of 'fcvm kernel ls', a profile (its newest), or a directory with vmlinuz or bzImage
     pub(crate) kernel: String,
 }

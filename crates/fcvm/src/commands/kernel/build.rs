@@ -172,7 +172,12 @@ fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
 }
 
 fn config(context: &Context, arguments: &ConfigArguments) -> anyhow::Result<u8> {
-    let inputs = &arguments.inputs;
+    let mut inputs = arguments.inputs.clone();
+    if let Some(path) = &arguments.answers.save_profile {
+        super::answers::save(&arguments.answers, path)?;
+        inputs.profile = path.display().to_string();
+    }
+    let inputs = &inputs;
     let profile = profile(inputs)?;
     let options = BuildOptions {
         lto: lto(inputs.lto),
@@ -266,6 +271,10 @@ fn build_command(context: &Context, arguments: &BuildArguments) -> anyhow::Resul
         arguments.jobs,
         &mut shown,
     )?;
+    let package = match &arguments.deb {
+        Some(directory) => Some(build::package(&kernel, directory)?),
+        None => None,
+    };
     if arguments.quiet {
         println!("{}", kernel.name);
         return Ok(());
@@ -286,6 +295,9 @@ fn build_command(context: &Context, arguments: &BuildArguments) -> anyhow::Resul
         kernel.image_path().display(),
         image as f64 / 1e6
     );
+    if let Some(package) = package {
+        println!("  package  {}", package.display());
+    }
     Ok(())
 }
 

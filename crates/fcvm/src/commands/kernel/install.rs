@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use fcvm_kernel::build::{self, Use};
 use fcvm_kernel::install::{self, Action, HostKernel, Options, Plan};
 use serde_json::json;
 
@@ -90,21 +91,26 @@ pub(crate) fn kexec(context: &Context, arguments: &KexecArguments) -> anyhow::Re
     Ok(EXIT_SUCCESS)
 }
 
-/// The kernel in a directory, or of this name in the data directory.
+/// The kernel in a directory, or the built one of this name.
 fn find(context: &Context, name: &str) -> anyhow::Result<HostKernel> {
     let given = PathBuf::from(name);
-    let directory = if name.contains('/') || given.is_dir() {
-        given
-    } else {
-        context.data_dir.join("kernels").join(name)
-    };
-    let directory = fs::canonicalize(&directory).with_context(|| {
-        format!(
-            "there is no kernel '{name}': {} cannot be used",
-            directory.display()
-        )
-    })?;
-    Ok(HostKernel::in_directory(&directory)?)
+    if name.contains('/') || given.is_dir() {
+        let directory = fs::canonicalize(&given)
+            .with_context(|| format!("there is no kernel in {}", given.display()))?;
+        return Ok(HostKernel::in_directory(&directory)?);
+    }
+    let kernel = build::find(&super::build::directories(context), name)?;
+    anyhow::ensure!(
+        kernel.used_for == Use::Host,
+        "{} is a guest's kernel and boots no host: build one of host-latency or host-full",
+        kernel.name
+    );
+    kernel.check()?;
+    Ok(HostKernel {
+        vmlinuz: kernel.image_path(),
+        config: Some(kernel.config_path()),
+        initrd: None,
+    })
 }
 
 fn is_running_system(root: &Path) -> anyhow::Result<bool> {

@@ -1,5 +1,6 @@
 //! `fcvm kernel`.
 
+mod answers;
 pub(crate) mod build;
 mod device;
 mod install;
