@@ -11,6 +11,7 @@
 //! is said over the agent channel (`fcvm-wire`).
 
 mod error;
+pub mod firecracker;
 pub mod probe;
 pub mod qemu;
 pub mod spec;

@@ -247,7 +247,10 @@ mod tests {
             first == fs::read(&path).unwrap(),
             "it is not the same twice"
         );
-        assert_eq!(files::entries(&packages).unwrap(), [path.clone()]);
+        assert_eq!(
+            files::entries(&packages).unwrap(),
+            std::slice::from_ref(&path)
+        );
 
         dpkg(&root, &["--install", path.to_str().unwrap()]);
         let image = root.join("boot/vmlinuz-6.1.192-fcvm-Host_full");

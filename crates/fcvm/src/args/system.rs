@@ -24,6 +24,22 @@ pub(crate) enum SetupStep {
         #[arg(long, value_enum, default_value = "table")]
         format: Format,
     },
+    /// Fetch a release of Firecracker and its jailer, and compare it with its published checksum
+    #[command(after_help = "Examples:\n  \
+        fcvm setup firecracker                        the latest release\n  \
+        fcvm setup firecracker --version 1.13.1       this one\n\n\
+        An archive's checksum that you have from elsewhere (--sha256) is worth more than the one beside it.")]
+    Firecracker {
+        /// Version [default: the latest]
+        #[arg(long, value_name = "VERSION")]
+        version: Option<String>,
+        /// SHA-256 of the archive, in place of the published one
+        #[arg(long, value_name = "SUM", requires = "version")]
+        sha256: Option<String>,
+        /// Where releases are published
+        #[arg(long, value_name = "URL", default_value = fcvm_hypervisor::firecracker::release::SERVER)]
+        server: String,
+    },
     /// Make the guest kernel ready and pack the initramfs
     Kernel {
         /// Which one guests boot from now on: guest-min, guest or guest-zfs (built from source where

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use fcvm_hypervisor::firecracker::release::{self, ReleaseOptions};
 use fcvm_hypervisor::probe::{HostProbe, probe_host};
 use fcvm_kernel::build::{self, BuildError};
 use fcvm_kernel::{Architecture, GuestKernel, SetupEvent, SetupOptions};
@@ -17,6 +18,18 @@ use crate::context::Context;
 pub(crate) async fn run(context: &Context, arguments: SetupArguments) -> anyhow::Result<u8> {
     match arguments.step {
         Some(SetupStep::Preflight { format }) => super::preflight::run(context, format),
+        Some(SetupStep::Firecracker {
+            version,
+            sha256,
+            server,
+        }) => {
+            let options = ReleaseOptions {
+                server,
+                version,
+                sha256,
+            };
+            firecracker(context, &options).await
+        }
         Some(SetupStep::Kernel { force, profile }) => {
             kernel(context, force, profile.as_deref())?;
             Ok(crate::EXIT_SUCCESS)
@@ -26,6 +39,37 @@ pub(crate) async fn run(context: &Context, arguments: SetupArguments) -> anyhow:
             super::preflight::run(context, Format::Table)
         }
     }
+}
+
+/// Where releases of Firecracker are.
+fn firecracker_directory(context: &Context) -> PathBuf {
+    context.data_dir.join("firecracker")
+}
+
+/// Fetches a release of Firecracker.
+async fn firecracker(context: &Context, options: &ReleaseOptions) -> anyhow::Result<u8> {
+    let bar = ProgressBar::new(0);
+    bar.set_style(
+        ProgressStyle::with_template("fetching Firecracker {bar:30} {bytes}/{total_bytes}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar()),
+    );
+    let directory = firecracker_directory(context);
+    let mut progress = |done: u64, total: Option<u64>| {
+        bar.set_length(total.unwrap_or(done));
+        bar.set_position(done);
+    };
+    let fetched = release::fetch(&directory, options, &mut progress).await;
+    bar.finish_and_clear();
+    let release = fetched?;
+    let already = if release.is_new {
+        ""
+    } else {
+        " (it was there)"
+    };
+    println!("Firecracker {}{already}", release.version);
+    println!("  firecracker  {}", release.firecracker.display());
+    println!("  jailer       {}", release.jailer.display());
+    Ok(crate::EXIT_SUCCESS)
 }
 
 /// What `--profile` calls Debian's packaged kernel.

@@ -1,0 +1,3 @@
+//! Firecracker.
+
+pub mod release;
