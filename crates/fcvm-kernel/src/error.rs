@@ -118,6 +118,14 @@ pub enum KernelError {
         /// What is wrong, and what to do.
         reason: String,
     },
+    /// A system's programs do not make an emergency initramfs.
+    #[error("cannot make an emergency initramfs of the programs in {}: {reason}", root.display())]
+    Rescue {
+        /// The system's root directory.
+        root: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
     /// The agent's file cannot be the guest's first process.
     #[error("{} cannot be the guest's first process: {reason}", path.display())]
     Agent {

@@ -131,24 +131,24 @@ fn list(kernel: &GuestKernel) -> String {
 
 /// An archive being written.
 #[derive(Default)]
-struct Archive {
-    bytes: Vec<u8>,
+pub(crate) struct Archive {
+    pub(crate) bytes: Vec<u8>,
     member_count: u32,
 }
 
 impl Archive {
-    fn directory(&mut self, name: &str) -> io::Result<()> {
+    pub(crate) fn directory(&mut self, name: &str) -> io::Result<()> {
         let builder = Builder::new(name).nlink(2).mode(0o755);
         self.member(builder.set_mode_file_type(ModeFileType::Directory), &[])
     }
 
     /// The kernel opens it as process 1's standard streams.
-    fn console(&mut self, name: &str) -> io::Result<()> {
+    pub(crate) fn console(&mut self, name: &str) -> io::Result<()> {
         let builder = Builder::new(name).mode(0o600).rdev_major(5).rdev_minor(1);
         self.member(builder.set_mode_file_type(ModeFileType::Char), &[])
     }
 
-    fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+    pub(crate) fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         let builder = Builder::new(name).mode(mode);
         self.member(builder.set_mode_file_type(ModeFileType::Regular), content)
     }

@@ -99,23 +99,6 @@ fn compile_init(directory: &Path) -> Option<PathBuf> {
     status.success().then_some(program)
 }
 
-/// An emulated machine's time-stamp counter is the host's; without its rate the kernel calibrates it
-/// against a timer, which can take for ever on a busy host.
-fn tsc() -> String {
-    let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let rate = processors.lines().find_map(|line| {
-        line.strip_prefix("cpu MHz")?
-            .split(':')
-            .nth(1)?
-            .trim()
-            .parse::<f64>()
-            .ok()
-    });
-    rate.map_or_else(String::new, |mhz| {
-        format!(" tsc=reliable tsc_early_khz={}", (mhz * 1000.0) as u64)
-    })
-}
-
 /// Everything the console said until the machine powered off; none where QEMU is not installed.
 fn boot(directory: &Path, kernel: &GuestKernel, initramfs: &Path) -> Option<String> {
     let console = directory.join("console");
@@ -159,7 +142,7 @@ fn boot(directory: &Path, kernel: &GuestKernel, initramfs: &Path) -> Option<Stri
         .arg("-append")
         .arg(format!(
             "console=ttyS0 reboot=t panic=-1 quiet cryptomgr.notests{}",
-            tsc()
+            common::tsc()
         ))
         .arg("-kernel")
         .arg(&kernel.vmlinux)

@@ -9,6 +9,7 @@ mod command_line;
 mod entries;
 mod image;
 mod kexec;
+mod rescue;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ pub use command_line::{CommandLineError, check_root, for_rescue, running};
 pub use entries::{Entry, list};
 pub use image::{HostKernel, KernelFacts};
 pub use kexec::{Kexec, kexec};
+pub use rescue::{Rescue, rescue};
 
 use crate::{KernelError, Result, files};
 

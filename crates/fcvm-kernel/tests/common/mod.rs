@@ -72,3 +72,20 @@ fn archive_answers() -> bool {
             .any(|address| TcpStream::connect_timeout(&address, Duration::from_secs(10)).is_ok())
     })
 }
+
+/// An emulated machine's time-stamp counter is the host's; without its rate the kernel calibrates it
+/// against a timer, which can take for ever on a busy host.
+pub(crate) fn tsc() -> String {
+    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let rate = processors.lines().find_map(|line| {
+        line.strip_prefix("cpu MHz")?
+            .split(':')
+            .nth(1)?
+            .trim()
+            .parse::<f64>()
+            .ok()
+    });
+    rate.map_or_else(String::new, |mhz| {
+        format!(" tsc=reliable tsc_early_khz={}", (mhz * 1000.0) as u64)
+    })
+}

@@ -32,7 +32,7 @@ pub(crate) struct InstallArguments {
     /// Initramfs of the kernel [default: initrd.img beside it, if there is one]
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
-    /// Initramfs of the rescue entry [default: the kernel's]
+    /// Initramfs of the rescue entry, such as 'fcvm kernel rescue-initramfs' makes [default: the kernel's]
     #[arg(long, value_name = "FILE")]
     pub(crate) rescue_initrd: Option<PathBuf>,
     /// List the changes and make none
@@ -93,4 +93,24 @@ pub(crate) struct KexecArguments {
     pub(crate) load: bool,
     /// The kernel: a name of 'fcvm kernel ls', a profile (its newest), or a directory with vmlinuz or bzImage
     pub(crate) kernel: String,
+}
+
+/// `fcvm kernel rescue-initramfs`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        fcvm kernel rescue-initramfs --output rescue.img\n  \
+        fcvm kernel rescue-initramfs --root /mnt --add fsck.ext4 --output rescue.img\n  \
+        fcvm kernel install host-full --root / --rescue-initrd rescue.img --dry-run\n\n\
+        It starts a shell on the console; fcvm.pool=NAME on the kernel's command line imports a pool for reading. The\n\
+        kernel needs its drivers, and ZFS, built in.")]
+pub(crate) struct RescueArguments {
+    /// Root directory of the system whose programs are taken
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// Take this program too
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) add: Vec<String>,
+    /// Where it is written
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
 }

@@ -21,6 +21,8 @@ pub(crate) enum KernelCommand {
     Entries(install::EntriesArguments),
     /// Start another kernel without the firmware
     Kexec(install::KexecArguments),
+    /// Make an emergency initramfs: a shell, and what reads a pool
+    RescueInitramfs(install::RescueArguments),
     /// Plan ZFS pools
     #[command(subcommand)]
     Zpool(zpool::ZpoolCommand),

@@ -10,7 +10,9 @@ use serde_json::json;
 
 use crate::EXIT_SUCCESS;
 use crate::args::Format;
-use crate::args::kernel::install::{EntriesArguments, InstallArguments, KexecArguments, Loader};
+use crate::args::kernel::install::{
+    EntriesArguments, InstallArguments, KexecArguments, Loader, RescueArguments,
+};
 use crate::context::Context;
 use crate::output;
 
@@ -86,6 +88,27 @@ pub(crate) fn kexec(context: &Context, arguments: &KexecArguments) -> anyhow::Re
         println!(
             "loaded: '{}' ends all services and starts it",
             super::shown(&way.start)
+        );
+    }
+    Ok(EXIT_SUCCESS)
+}
+
+pub(crate) fn rescue(arguments: &RescueArguments) -> anyhow::Result<u8> {
+    let rescue = install::rescue(&arguments.root, &arguments.add)?;
+    let output = &arguments.output;
+    fs::write(output, &rescue.bytes)
+        .with_context(|| format!("cannot write {}", output.display()))?;
+    println!(
+        "{} ({:.1} MB, {} programs and libraries)",
+        output.display(),
+        rescue.bytes.len() as f64 / 1e6,
+        rescue.files.len()
+    );
+    if !rescue.missing.is_empty() {
+        eprintln!(
+            "note: {} has no {}: install zfsutils-linux there to read pools",
+            arguments.root.display(),
+            rescue.missing.join(", ")
         );
     }
     Ok(EXIT_SUCCESS)

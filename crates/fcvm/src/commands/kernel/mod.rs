@@ -22,6 +22,7 @@ pub(crate) fn run(context: &Context, command: KernelCommand) -> anyhow::Result<u
         KernelCommand::Zpool(command) => zpool::run(&command),
         KernelCommand::Install(arguments) => install::run(context, &arguments),
         KernelCommand::Entries(arguments) => install::entries(&arguments),
+        KernelCommand::RescueInitramfs(arguments) => install::rescue(&arguments),
         KernelCommand::Kexec(arguments) => install::kexec(context, &arguments),
     }
 }
