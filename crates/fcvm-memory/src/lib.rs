@@ -3,7 +3,8 @@
 //! A clone maps the memory of its snapshot copy-on-write. What it writes are private pages of its
 //! hypervisor process, which [`process`] finds, reads and writes; [`page_file`] is the form in which
 //! pages are stored and handed on: those that are not zero, or those that differ from the
-//! memory below. The bytes are described in docs/format/snapshot.md.
+//! memory below. The bytes are described in docs/format/snapshot.md. [`uffd`] gives pages to hypervisors
+//! that ask for them one by one.
 //!
 //! Not here: starting hypervisors (`fcvm-hypervisor`), and what belongs to a snapshot besides its memory.
 
@@ -11,6 +12,7 @@ mod error;
 pub mod page_file;
 mod pagemap;
 pub mod process;
+pub mod uffd;
 mod usage;
 
 pub use error::MemoryError;

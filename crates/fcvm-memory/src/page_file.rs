@@ -328,7 +328,7 @@ fn memory_size(memory: &File) -> Result<u64, MemoryError> {
 }
 
 /// The next part from `offset` on that is no hole, in whole pages.
-fn next_data(memory: &File, offset: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
+pub(crate) fn next_data(memory: &File, offset: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
     if offset >= size {
         return Ok(None);
     }

@@ -8,6 +8,7 @@
 pub mod capability;
 pub mod guest;
 pub mod id;
+pub mod memory;
 pub mod ports;
 pub mod record;
 pub mod size;
