@@ -252,7 +252,7 @@ fn half_bytes(page_bytes: u64) -> u64 {
     if page_bytes == PAGE_BYTES {
         MEMORY_BYTES / 2
     } else {
-        2 * HUGE_PAGE_BYTES
+        5 * HUGE_PAGE_BYTES
     }
 }
 
@@ -455,8 +455,8 @@ fn hugepages_are_served_whole() {
         .ok()
         .and_then(|text| text.trim().parse().ok())
         .unwrap_or(0);
-    if free < 8 {
-        println!("skipped: the host has {free} free hugepages of 2 MiB, and the test needs 8");
+    if free < 10 {
+        println!("skipped: the host has {free} free hugepages of 2 MiB, and the test needs 10");
         return;
     }
     let pages = 2 * half_bytes(HUGE_PAGE_BYTES) / PAGE_BYTES;

@@ -202,6 +202,9 @@ impl Server {
     pub fn run(mut self, mut tell: impl FnMut(ServerEvent<'_>)) -> Result<Summary, ServerError> {
         let served = self.serve(&mut tell);
         signal(&self.shared.stop);
+        // Those that have sent their memory and were not taken yet wait for it too.
+        let _ = std::fs::remove_file(&self.path);
+        let served = served.and_then(|()| self.accept_all());
         let until = Instant::now() + STOP_LIMIT;
         self.hear(&mut tell);
         while !self.sessions.is_empty() {
@@ -236,25 +239,32 @@ impl Server {
                 let _ = rustix::io::read(&shared.told, &mut [0; 8]);
                 self.hear(tell);
             }
-            if may_accept {
-                self.accept()?;
+            let may_be_idle = self.shared.options.ends_when_idle && self.ended_count > 0;
+            if may_accept || may_be_idle {
+                self.accept_all()?;
             }
-            if self.shared.options.ends_when_idle
-                && self.ended_count > 0
-                && self.sessions.is_empty()
-            {
+            if may_be_idle && self.sessions.is_empty() {
                 return Ok(());
             }
         }
     }
 
-    /// Takes a connection, in a thread of its own: its message may be long in coming.
-    fn accept(&mut self) -> Result<(), ServerError> {
-        let socket = match self.listener.accept() {
-            Ok((socket, _)) => socket,
-            Err(error) if is_passing(&error) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
+    /// Takes the connections that wait.
+    fn accept_all(&mut self) -> Result<(), ServerError> {
+        loop {
+            match self.listener.accept() {
+                Ok((socket, _)) => self.start(socket)?,
+                Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) => return Ok(()),
+                    Some(Errno::INTR | Errno::CONNABORTED) => {}
+                    _ => return Err(error.into()),
+                },
+            }
+        }
+    }
+
+    /// Hears a connection in a thread of its own: its message may be long in coming.
+    fn start(&mut self, socket: UnixStream) -> Result<(), ServerError> {
         let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
             return Ok(());
         };
@@ -495,14 +505,6 @@ impl Client {
 fn signal(event: &OwnedFd) {
     // Where it cannot count further it is readable already.
     let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
-}
-
-/// What a peer or a moment causes, and not the listener.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        Errno::from_io_error(error),
-        Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED)
-    )
 }
 
 /// Whether the other end was closed.
