@@ -472,14 +472,14 @@ fn hugepages_are_served_whole() {
     assert_eq!(server.ended().3.faults, 2);
     // What was recorded comes ahead, the rest when it is asked for.
     let mut client = start();
+    let pid = client.pid();
+    let prefetched = Happened::Notice(Notice::Prefetched { pid, pages: 1024 });
+    while server.next() != prefetched {}
     assert_eq!(client.ask("exercise"), "fine");
     client.end();
     let (_, reason, is_failure, statistics) = server.ended();
     assert!(!is_failure, "{reason}");
-    assert!(
-        statistics.prefetched_pages + statistics.prefetch_late_pages >= 1024,
-        "{statistics}"
-    );
+    assert!(statistics.faults > 8, "{statistics}");
     server.stop();
 }
 
