@@ -28,8 +28,8 @@ pub(crate) struct Conditions {
     pub(crate) load_after: String,
 }
 
-/// Looks at the host.
-pub(crate) fn read(lab: &Lab, rounds: usize) -> Conditions {
+/// Looks at the host. Without a lab no VM is started.
+pub(crate) fn read(lab: Option<&Lab>, rounds: usize) -> Conditions {
     let first_line = |program: &str| {
         let mut command = Command::new(program);
         command.arg("--version");
@@ -44,15 +44,18 @@ pub(crate) fn read(lab: &Lab, rounds: usize) -> Conditions {
     let memory_kib = field("/proc/meminfo", "MemTotal")
         .and_then(|text| text.split(' ').next()?.parse::<u64>().ok());
     Conditions {
-        fcvm: first_line(&lab.fcvm.to_string_lossy()),
+        fcvm: lab.map_or_else(
+            || "no fcvm".to_owned(),
+            |lab| first_line(&lab.fcvm.to_string_lossy()),
+        ),
         qemu: first_line("qemu-system-x86_64"),
         processor: processor.unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
         processor_count: std::thread::available_parallelism().map_or(1, usize::from),
         memory_mib: memory_kib.unwrap_or(0) / 1024,
         host_kernel: read_trimmed("/proc/sys/kernel/osrelease"),
         accelerator: None,
-        guest_kernel: lab.guest_kernel.clone(),
-        image: lab.image.clone(),
+        guest_kernel: lab.and_then(|lab| lab.guest_kernel.clone()),
+        image: lab.map_or_else(|| "none".to_owned(), |lab| lab.image.clone()),
         rounds,
         load_before: load(),
         load_after: String::new(),

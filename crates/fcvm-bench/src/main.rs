@@ -1,8 +1,9 @@
 //! `fcvm-bench`: measures the fcvm binary from outside, against a floor or a peer in the same run.
 //!
 //! What is measured is what users start, except for the conversion of images, which `fcvm` does only
-//! on the way to a VM: there the library is called in a process of its own; and for the relay of a
-//! VM's network, whose two sides are played here. A part whose tools are
+//! on the way to a VM: there the library is called in a process of its own; for the relay of a
+//! VM's network, whose two sides are played here; and for the memory server, whose clients are
+//! processes of this program. A part whose tools are
 //! missing is skipped in one line. docs/design/performance.md tells what each figure means.
 
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ mod relay;
 mod report;
 mod session;
 mod streams;
+mod uffd;
 mod warm;
 
 use std::path::PathBuf;
@@ -38,7 +40,7 @@ Usage: fcvm-bench [OPTIONS]
   --rounds N         rounds of what is measured alternately [default: 7]
   --quick            a few samples of each of fork, clones and pause
   --only NAME,...    boot, warm, session, streams, memory, relay,
-                     conversion, fork, clones, pause [default: all]";
+                     conversion, fork, clones, pause, uffd [default: all]";
 
 /// What the command line asks for.
 struct Options {
@@ -74,14 +76,35 @@ fn run() -> anyhow::Result<()> {
     {
         return conversion::convert(store.as_ref(), source);
     }
+    if let [uffd::CHILD, backing] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        return uffd::client(backing);
+    }
     let Some(options) = parse()? else {
         println!("{USAGE}");
         return Ok(());
     };
-    let lab = Lab::prepare(&options)?;
-    let mut report = Report::new(conditions::read(&lab, options.rounds));
+    let needs_lab = options.only.iter().any(|part| part != "uffd") || options.only.is_empty();
+    let lab = needs_lab.then(|| Lab::prepare(&options)).transpose()?;
+    let mut report = Report::new(conditions::read(lab.as_ref(), options.rounds));
+    if options.wants("uffd") {
+        uffd::measure(options.rounds, &mut report).context("uffd")?;
+    }
+    if let Some(lab) = &lab {
+        measure_vms(&options, lab, &mut report)?;
+    }
+    report.conditions.load_after = conditions::load();
+    println!("{report}");
+    let json = serde_json::to_vec_pretty(&report)?;
+    std::fs::write(&options.output, json)
+        .with_context(|| format!("cannot write {}", options.output.display()))?;
+    println!("{}", options.output.display());
+    Ok(())
+}
+
+/// What takes VMs, or fcvm's programs.
+fn measure_vms(options: &Options, lab: &Lab, report: &mut Report) -> anyhow::Result<()> {
     if options.wants("boot") {
-        boot::measure(&lab, options.rounds, &mut report).context("boot")?;
+        boot::measure(lab, options.rounds, report).context("boot")?;
     }
     if ["session", "streams", "memory"]
         .iter()
@@ -91,37 +114,31 @@ fn run() -> anyhow::Result<()> {
         let shown = lab.inspect(&vm.name)?;
         report.conditions.accelerator = shown["accelerator"].as_str().map(str::to_owned);
         if options.wants("memory") {
-            memory::measure(&lab, &vm, &mut report).context("memory")?;
+            memory::measure(lab, &vm, report).context("memory")?;
         }
         if options.wants("session") {
-            session::measure(&lab, &vm, &mut report).context("session")?;
+            session::measure(lab, &vm, report).context("session")?;
         }
         if options.wants("streams") {
-            streams::measure(&lab, &vm, &mut report).context("streams")?;
+            streams::measure(lab, &vm, report).context("streams")?;
         }
     }
     if options.wants("warm") {
-        warm::measure(&lab, options.rounds, &mut report).context("warm")?;
+        warm::measure(lab, options.rounds, report).context("warm")?;
     }
     if options.wants("relay") {
-        relay::measure(options.rounds, &mut report).context("relay")?;
+        relay::measure(options.rounds, report).context("relay")?;
     }
     if options.wants("conversion") {
-        conversion::measure(&lab, options.rounds, &mut report).context("conversion")?;
+        conversion::measure(lab, options.rounds, report).context("conversion")?;
     }
     if ["fork", "clones", "pause"]
         .iter()
         .any(|part| options.wants(part))
     {
         let scale = forks::Scale::new(options.rounds, options.quick);
-        forks::measure(&lab, |part| options.wants(part), scale, &mut report)?;
+        forks::measure(lab, |part| options.wants(part), scale, report)?;
     }
-    report.conditions.load_after = conditions::load();
-    println!("{report}");
-    let json = serde_json::to_vec_pretty(&report)?;
-    std::fs::write(&options.output, json)
-        .with_context(|| format!("cannot write {}", options.output.display()))?;
-    println!("{}", options.output.display());
     Ok(())
 }
 
@@ -162,7 +179,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
     if options.rounds == 0 {
         bail!("--rounds 0 measures nothing: 1 is the least");
     }
-    const PARTS: [&str; 10] = [
+    const PARTS: [&str; 11] = [
         "boot",
         "warm",
         "session",
@@ -173,6 +190,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
         "fork",
         "clones",
         "pause",
+        "uffd",
     ];
     if let Some(unknown) = options
         .only

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::conditions::Conditions;
 
-/// A figure that must not be exceeded: by the median, or by what comes of it and the other median.
+/// A figure that must not be exceeded, or must be reached: by the median, or by what comes of it and the other median.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Target {
@@ -17,6 +17,8 @@ pub(crate) enum Target {
     Ratio(f64),
     /// The median minus that of what it is compared with.
     Difference(f64),
+    /// The median at least.
+    AtLeast(f64),
     /// The median and the quantile of 0.99.
     Quantiles { median: f64, p99: f64 },
 }
@@ -99,6 +101,7 @@ impl Measure {
             .map_or(f64::NAN, |other| other.median);
         self.met = Some(match target {
             Target::Median(limit) => self.measured.median <= limit,
+            Target::AtLeast(limit) => self.measured.median >= limit,
             Target::Ratio(limit) => self.measured.median / other <= limit,
             Target::Difference(limit) => self.measured.median - other <= limit,
             Target::Quantiles { median, p99 } => {
@@ -128,6 +131,7 @@ impl Measure {
         let target = match self.target {
             None => String::new(),
             Some(Target::Median(limit)) => format!("<= {}", number(limit)),
+            Some(Target::AtLeast(limit)) => format!(">= {}", number(limit)),
             Some(Target::Ratio(limit)) => format!("<= x {limit:.3}"),
             Some(Target::Difference(limit)) => format!("<= {limit:+.0}"),
             Some(Target::Quantiles { median, p99 }) => {
@@ -246,6 +250,8 @@ mod tests {
         };
         assert_eq!(measure(Target::Median(100.0)), Some(true));
         assert_eq!(measure(Target::Median(99.0)), Some(false));
+        assert_eq!(measure(Target::AtLeast(100.0)), Some(true));
+        assert_eq!(measure(Target::AtLeast(101.0)), Some(false));
         assert_eq!(measure(Target::Ratio(1.25)), Some(true));
         assert_eq!(measure(Target::Ratio(1.2)), Some(false));
         assert_eq!(measure(Target::Difference(20.0)), Some(true));

@@ -189,6 +189,15 @@ impl Userfault {
         filled(done, argument.copy, length)
     }
 
+    /// Fills missing pages of registered memory, for measurements of what that takes.
+    ///
+    /// # Errors
+    ///
+    /// They are there, or not registered.
+    pub fn fill(&self, address: u64, bytes: &[u8]) -> io::Result<u64> {
+        Ok(self.copy(address, bytes)?)
+    }
+
     /// Fills missing pages with zeros and wakes who waits for them; as [`copy`](Self::copy) otherwise.
     pub(super) fn zero(&self, address: u64, length: u64) -> Result<u64, Errno> {
         let mut argument = abi::uffdio_zeropage {
