@@ -3,24 +3,28 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::qemu::Version;
+use crate::version::Version;
 
 /// A failure of a hypervisor, one line each.
 #[derive(Debug, thiserror::Error)]
 pub enum HypervisorError {
     /// The program is not where it was looked for.
-    #[error("QEMU was not found ({program}): install the package {package} (its name in Debian)")]
+    #[error("{hypervisor} was not found ({program}): {advice}")]
     NotFound {
+        /// `QEMU` or `Firecracker`.
+        hypervisor: &'static str,
         /// Program looked for: a name, or the path that the caller gave.
         program: String,
-        /// Debian's package that has it.
-        package: &'static str,
+        /// How it is had.
+        advice: &'static str,
     },
-    /// QEMU's microvm machine is x86-64's.
-    #[error("VMs on {architecture} are not implemented: QEMU's microvm machine is for x86-64 only")]
+    /// The host is no x86-64 one.
+    #[error("VMs on {architecture} are not implemented: {reason}")]
     Architecture {
         /// The host's architecture.
         architecture: &'static str,
+        /// What is missing there.
+        reason: &'static str,
     },
     /// The program is there and could not be run.
     #[error("cannot run {}: {source}", path.display())]
@@ -31,22 +35,28 @@ pub enum HypervisorError {
         source: io::Error,
     },
     /// The program did not say what version it is.
-    #[error("{} does not answer --version as QEMU does: {reason}", path.display())]
-    NotQemu {
+    #[error("{} does not answer as {hypervisor} does: {reason}", path.display())]
+    Foreign {
+        /// `QEMU` or `Firecracker`.
+        hypervisor: &'static str,
         /// The program.
         path: PathBuf,
         /// What it did instead.
         reason: String,
     },
-    /// The program is older than what this driver was made for.
-    #[error("QEMU {found} at {} is too old: version {required} or later is needed", path.display())]
-    TooOld {
+    /// The program is of a version that this driver was not made for.
+    #[error("{hypervisor} {found} at {} is too {fault}: a version {required} is needed", path.display())]
+    Version {
+        /// `QEMU` or `Firecracker`.
+        hypervisor: &'static str,
         /// The program.
         path: PathBuf,
         /// Its version.
         found: Version,
-        /// The oldest version that works.
-        required: Version,
+        /// `old` or `new`.
+        fault: &'static str,
+        /// The versions that work, in words.
+        required: String,
     },
     /// The program lacks a machine type.
     #[error(
@@ -83,17 +93,21 @@ pub enum HypervisorError {
     },
     /// The hypervisor did not answer in time.
     #[error(
-        "QEMU did not answer '{command}' within {timeout_s} s: it hangs or the host is overloaded"
+        "{hypervisor} did not answer '{command}' within {timeout_s} s: it hangs or the host is overloaded"
     )]
     Timeout {
+        /// `QEMU` or `Firecracker`.
+        hypervisor: &'static str,
         /// The command without an answer.
         command: String,
         /// How long was waited, in seconds.
         timeout_s: u64,
     },
     /// The hypervisor refused a command.
-    #[error("QEMU refused '{command}': {reason}")]
+    #[error("{hypervisor} refused '{command}': {reason}")]
     Refused {
+        /// `QEMU` or `Firecracker`.
+        hypervisor: &'static str,
         /// The command.
         command: String,
         /// Its reason.
@@ -108,8 +122,10 @@ pub enum HypervisorError {
         reason: String,
     },
     /// The control channel has ended, as it does when the hypervisor ends.
-    #[error("QEMU has closed its control channel: {reason}")]
+    #[error("{hypervisor} has closed its control channel: {reason}")]
     Disconnected {
+        /// `QEMU` or `Firecracker`.
+        hypervisor: &'static str,
         /// What is known of why.
         reason: String,
     },

@@ -1,7 +1,8 @@
 //! Hypervisors behind small capability traits.
 //!
 //! A driver is a folder whose files have the same names in each: `probe.rs` (is it there, which
-//! version), `launch.rs` (start a VM), `api.rs` (its control channel). [`qemu`] is the one there is.
+//! version), `launch.rs` (start a VM), `api.rs` (its control channel). There are [`qemu`] and
+//! [`firecracker`]; [`Vm`] is a VM of either.
 //! [`spec`] says what a VM consists of, in no hypervisor's words.
 //!
 //! [`probe`] finds out, by trying, whether the host's KVM runs guests, and how fast its time stamp
@@ -10,11 +11,15 @@
 //! Not here: what the disks and the network are made of (`fcvm-storage`, `fcvm-network`), and what
 //! is said over the agent channel (`fcvm-wire`).
 
+mod check;
 mod error;
 pub mod firecracker;
 pub mod probe;
+mod program;
 pub mod qemu;
 pub mod spec;
+mod version;
+mod vm;
 
 use std::future::Future;
 
@@ -23,6 +28,8 @@ pub use spec::{
     Accelerator, BootSpec, DiskFormat, DiskLayer, DiskSpec, GuestMemory, HardwareSpec, LaunchSpec,
     MemoryMapping, NetworkBackend, NetworkSpec,
 };
+pub use version::Version;
+pub use vm::{AgentChannel, ExitCause, VmEvent, VmExit};
 
 /// A hypervisor that starts VMs.
 pub trait Launch {

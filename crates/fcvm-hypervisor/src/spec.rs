@@ -233,6 +233,11 @@ pub enum NetworkBackend {
         /// fec0::/64 with its gateway at fec0::2 as well.
         ipv6: bool,
     },
+    /// A tap device of the network namespace that the hypervisor is started in.
+    Tap {
+        /// Name of the device.
+        name: String,
+    },
 }
 
 /// What runs the guest's instructions.

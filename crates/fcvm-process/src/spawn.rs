@@ -14,8 +14,8 @@ use crate::helper::HelperProcess;
 
 /// A helper about to be started.
 ///
-/// The helper gets an empty environment, `/dev/null` as standard input and output, a pipe to the
-/// owner as standard error, the descriptors given with [`inherit`](Self::inherit) and no other, a
+/// The helper gets an empty environment, "/" as its directory and `/dev/null` as standard input and
+/// output where nothing else is said, a pipe to the owner as standard error, the descriptors given with [`inherit`](Self::inherit) and no other, a
 /// session of its own (so that Ctrl-C on the owner's terminal reaches the owner alone) and no core
 /// dumps (they would hold guest memory).
 ///
@@ -29,6 +29,8 @@ pub struct HelperCommand {
     arguments: Vec<OsString>,
     inherited: Vec<OwnedFd>,
     no_new_privileges: bool,
+    directory: PathBuf,
+    stdout: Option<OwnedFd>,
 }
 
 impl HelperCommand {
@@ -40,6 +42,8 @@ impl HelperCommand {
             arguments: Vec::new(),
             inherited: Vec::new(),
             no_new_privileges: false,
+            directory: PathBuf::from("/"),
+            stdout: None,
         }
     }
 
@@ -80,6 +84,18 @@ impl HelperCommand {
         self
     }
 
+    /// The directory that the helper works in.
+    pub fn directory(&mut self, path: &Path) -> &mut Self {
+        path.clone_into(&mut self.directory);
+        self
+    }
+
+    /// Where the helper's standard output goes.
+    pub fn stdout(&mut self, fd: OwnedFd) -> &mut Self {
+        self.stdout = Some(fd);
+        self
+    }
+
     /// Starts the helper. Must be called within a tokio runtime, which reads its standard error.
     ///
     /// # Errors
@@ -91,9 +107,9 @@ impl HelperCommand {
         command
             .args(&self.arguments)
             .env_clear()
-            .current_dir("/")
+            .current_dir(&self.directory)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(self.stdout.map_or_else(Stdio::null, Stdio::from))
             .stderr(stderr_writer);
         let setup = ChildSetup {
             owner: rustix::process::getpid(),

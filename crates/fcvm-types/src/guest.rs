@@ -12,6 +12,16 @@ pub const ROOT_DISK_SERIAL: &str = "fcvm-root";
 pub const SCRATCH_DISK_SERIAL: &str = "fcvm-scratch";
 /// Name of the virtio-serial port that carries the protocol.
 pub const AGENT_PORT_NAME: &str = "fcvm.agent.0";
+/// Port of the host to which the agent connects over vsock, where its channel is there.
+pub const AGENT_VSOCK_PORT: u32 = 5252;
+/// Argument of the kernel's command line that says where the agent's channel is: [`VSOCK_CHANNEL`],
+/// or the virtio-serial port where it is absent.
+pub const CHANNEL_ARGUMENT: &str = "fcvm.channel";
+/// The channel over vsock.
+pub const VSOCK_CHANNEL: &str = "vsock";
+/// Argument of the kernel's command line with what would be the serial numbers of the virtio disks,
+/// in the order of the disks, where the hypervisor gives them no serial numbers of their own.
+pub const DISKS_ARGUMENT: &str = "fcvm.disks";
 
 /// Everything the agent needs between boot and the container's first instruction.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

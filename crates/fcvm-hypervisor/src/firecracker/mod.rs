@@ -1,3 +1,25 @@
 //! Firecracker.
+//!
+//! The bodies of the requests, with the reasons for them, are in `configuration.rs`; starting and
+//! watching the process in `launch.rs`; the control channel (HTTP over a Unix socket) in `api.rs`;
+//! finding the program in `probe.rs`; released programs in `release.rs`.
+//!
+//! What a VM is made of reaches Firecracker as descriptors all the same: the paths that it is told
+//! are links in the VM's own directory that lead to its inherited descriptors, so that disks need
+//! no name. Its two sockets have to have one, in that directory, which no other user can enter.
+//!
+//! MMDS, Firecracker's service for the guest's metadata, is not used: it needs a network card, is
+//! reachable for every process of the container and is empty in a clone. The plan travels over the
+//! agent channel, as it does under QEMU.
 
+mod api;
+mod configuration;
+mod launch;
+mod probe;
 pub mod release;
+
+pub use launch::FirecrackerVm;
+pub use probe::{Firecracker, MINIMUM_VERSION};
+
+/// The hypervisor's name in messages.
+const NAME: &str = "Firecracker";

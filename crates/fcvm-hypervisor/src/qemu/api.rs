@@ -15,34 +15,15 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::Version;
+use super::NAME;
 use crate::error::HypervisorError;
+use crate::version::Version;
+use crate::vm::VmEvent;
 
 /// Longest line accepted from QEMU, in bytes. The answers used here are far below.
 const LINE_BYTES_MAX: u64 = 1 << 20;
 /// Events kept for a reader that is late. A guest can provoke events, so later ones are dropped.
 const EVENTS_MAX: usize = 64;
-
-/// Something that happened to a VM without being asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum VmEvent {
-    /// The virtual processors stopped: [`pause`](crate::Pause::pause) or a full disk.
-    Stopped,
-    /// They run again.
-    Resumed,
-    /// A read or write of a disk failed on the host.
-    DiskError {
-        /// Serial number of the disk.
-        disk: String,
-        /// A write; otherwise a read.
-        write: bool,
-        /// The host's file system is full. The VM was stopped and its writes wait: it goes on
-        /// where it was once there is space and [`resume`](crate::Pause::resume) was called.
-        no_space: bool,
-        /// The host's error.
-        reason: String,
-    },
-}
 
 /// Why QEMU said it ends, the `reason` of its SHUTDOWN event.
 pub(super) type ShutdownReason = String;
@@ -122,9 +103,13 @@ impl QmpClient {
         let (reader, writer) = stream.into_split();
         let mut reader = BufReader::new(reader);
         let greeting = within("greeting", timeout, read_line(&mut reader)).await?;
-        let greeting = greeting.map_err(|reason| HypervisorError::Disconnected { reason })?;
+        let greeting = greeting.map_err(|reason| HypervisorError::Disconnected {
+            hypervisor: NAME,
+            reason,
+        })?;
         let numbers = serde_json::from_slice::<Greeting>(&greeting)
             .map_err(|error| HypervisorError::Disconnected {
+                hypervisor: NAME,
                 reason: format!("its greeting is not QMP: {error}"),
             })?
             .qmp
@@ -176,6 +161,7 @@ impl QmpClient {
             let mut state = self.shared.lock();
             if let Some(reason) = &state.closed {
                 return Err(HypervisorError::Disconnected {
+                    hypervisor: NAME,
                     reason: reason.clone(),
                 });
             }
@@ -194,6 +180,7 @@ impl QmpClient {
             match answer.await {
                 Ok(Ok(value)) => Ok(value),
                 Ok(Err(reason)) => Err(HypervisorError::Refused {
+                    hypervisor: NAME,
                     command: command.to_owned(),
                     reason,
                 }),
@@ -215,6 +202,7 @@ impl QmpClient {
             .write_all(&line)
             .await
             .map_err(|error| HypervisorError::Disconnected {
+                hypervisor: NAME,
                 reason: error.to_string(),
             })
     }
@@ -251,6 +239,7 @@ impl QmpClient {
 
     fn disconnected(&self) -> HypervisorError {
         HypervisorError::Disconnected {
+            hypervisor: NAME,
             reason: self
                 .shared
                 .lock()
@@ -381,6 +370,7 @@ async fn within<T>(
     tokio::time::timeout(timeout, work)
         .await
         .map_err(|_| HypervisorError::Timeout {
+            hypervisor: NAME,
             command: command.to_owned(),
             timeout_s: timeout.as_secs(),
         })

@@ -4,8 +4,8 @@ use fcvm_types::guest::AGENT_PORT_NAME;
 use fcvm_types::{ByteSize, PortMapping};
 use serde::{Deserialize, Serialize};
 
-use super::Version;
 use crate::spec::{Accelerator, DiskFormat, MemoryMapping};
+use crate::version::Version;
 
 /// Descriptor set of the console. Those of disks have the number of their descriptor, above 2.
 const CONSOLE_SET: i32 = 0;

@@ -1,29 +1,27 @@
 //! Starting QEMU, watching it, ending it.
 
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
 use std::time::Duration;
 
-use fcvm_process::{HelperCommand, HelperExit, HelperProcess};
+use fcvm_process::{HelperCommand, HelperProcess};
 use fcvm_types::record::ProcessIdentity;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::api::{QmpClient, VmEvent};
+use super::Qemu;
+use super::api::QmpClient;
 use super::command_line::{Backend, Boot, Descriptors, DeviceLine, Disk, Machine, Network};
 use super::snapshot::StateFile;
-use super::{Qemu, Version};
+use crate::check::{check_file, check_hardware, setup_failed, text_path};
 use crate::error::HypervisorError;
-use crate::spec::{
-    CPU_COUNT_MAX, DISK_COUNT_MAX, DiskFormat, DiskLayer, DiskSpec, HardwareSpec, LaunchSpec,
-    MEMORY_MIN, NetworkBackend, NetworkSpec,
-};
+use crate::spec::{CPU_COUNT_MAX, DiskSpec, HardwareSpec, LaunchSpec, NetworkBackend, NetworkSpec};
+use crate::version::Version;
+use crate::vm::{ExitCause, VmEvent, VmExit};
 use crate::{Launch, Pause};
 
 /// How long QEMU may take until it answers. It takes 50 ms on an idle host.
@@ -43,41 +41,6 @@ pub struct QemuVm {
     pub(super) agent_peer: OwnedFd,
     pub(super) state: tokio::sync::Mutex<StateFile>,
     device_line: DeviceLine,
-}
-
-/// How a VM ended.
-#[derive(Debug, Clone)]
-pub struct VmExit {
-    /// What ended it.
-    pub cause: ExitCause,
-    /// QEMU's exit status and its last words.
-    pub process: HelperExit,
-}
-
-/// What ended a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ExitCause {
-    /// The guest powered itself off.
-    PoweredOff,
-    /// The guest reset itself, which is what a kernel does after a panic.
-    Reset,
-    /// QEMU was asked to end, or ended by SIGTERM, SIGINT or SIGHUP.
-    Terminated,
-    /// QEMU was killed by this signal, or crashed with it.
-    Killed(i32),
-    /// QEMU gave up.
-    Failed,
-}
-
-impl fmt::Display for VmExit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.cause {
-            ExitCause::PoweredOff => f.write_str("the guest powered itself off"),
-            ExitCause::Reset => f.write_str("the guest reset itself, as after a kernel panic"),
-            ExitCause::Terminated => f.write_str("qemu was told to end"),
-            ExitCause::Killed(_) | ExitCause::Failed => self.process.fmt(f),
-        }
-    }
 }
 
 impl Launch for Qemu {
@@ -116,8 +79,8 @@ impl Qemu {
         peer: Option<OwnedFd>,
         further: impl FnOnce(&mut HelperCommand, &Machine) -> io::Result<Vec<String>>,
     ) -> Result<QemuVm, HypervisorError> {
-        check(&spec)?;
-        let machine = machine(&spec);
+        check_hardware(&spec, CPU_COUNT_MAX)?;
+        let machine = machine(&spec)?;
         let (control, qemu_control) = socket_pair("the control channel")?;
         let (agent, peer) = match peer {
             Some(peer) => (None, peer),
@@ -287,99 +250,41 @@ impl Pause for QemuVm {
     }
 }
 
-/// Refuses what QEMU would refuse with a line that does not name the caller's mistake.
-fn check(spec: &HardwareSpec) -> Result<(), HypervisorError> {
-    let refuse = |what: String, reason: String| Err(HypervisorError::InvalidSpec { what, reason });
-    if spec.cpu_count == 0 || spec.cpu_count > CPU_COUNT_MAX {
-        return refuse(
-            format!("{} processors", spec.cpu_count),
-            format!("a VM has 1 to {CPU_COUNT_MAX}"),
-        );
-    }
-    let size = spec.memory.size();
-    if size < MEMORY_MIN || !size.bytes().is_multiple_of(4096) {
-        return refuse(
-            format!("{size} of memory"),
-            format!("it needs at least {MEMORY_MIN}, in whole pages of 4 KiB"),
-        );
-    }
-    if spec.disks.len() > DISK_COUNT_MAX {
-        return refuse(
-            format!("{} disks", spec.disks.len()),
-            format!("a VM has at most {DISK_COUNT_MAX}"),
-        );
-    }
-    for (index, disk) in spec.disks.iter().enumerate() {
-        if !is_serial(&disk.serial) {
-            return refuse(
-                format!("the disk serial '{}'", disk.serial.escape_debug()),
-                "it is a letter and up to 19 letters, digits, '-', '_' and '.'".to_owned(),
-            );
-        }
-        let same = |other: &DiskSpec| other.serial == disk.serial;
-        if spec.disks[..index].iter().any(same) {
-            return refuse(
-                format!("the disk serial '{}' twice", disk.serial),
-                "the guest could not tell the disks apart".to_owned(),
-            );
-        }
-        let is_raw = |layer: &DiskLayer| layer.format == DiskFormat::Raw;
-        if disk.layers.first().is_none_or(|lowest| !is_raw(lowest))
-            || disk.layers.iter().skip(1).any(is_raw)
-        {
-            return refuse(
-                format!("the disk '{}'", disk.serial),
-                "its layers are a raw file and qcow2 files over it".to_owned(),
-            );
-        }
-    }
-    Ok(())
-}
-
-/// A serial is also a name in QEMU's block layer.
-fn is_serial(text: &str) -> bool {
-    text.len() <= 20
-        && text.starts_with(|c: char| c.is_ascii_alphabetic())
-        && text
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-}
-
-fn check_file(path: &Path, what: &str) -> Result<(), HypervisorError> {
-    match File::open(path) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(HypervisorError::InvalidSpec {
-            what: format!("{what} {}", path.display()),
-            reason: error.to_string(),
-        }),
-    }
-}
-
-fn machine(spec: &HardwareSpec) -> Machine {
+fn machine(spec: &HardwareSpec) -> Result<Machine, HypervisorError> {
     let disk = |disk: &DiskSpec| Disk {
         serial: disk.serial.clone(),
         read_only: disk.read_only,
         layers: disk.layers.iter().map(|layer| layer.format).collect(),
     };
-    let network = |network: &NetworkSpec| Network {
-        mac: network.mac,
-        backend: match &network.backend {
-            NetworkBackend::Stream(_) => Backend::Stream,
-            NetworkBackend::User { forwards, ipv6 } => Backend::User {
-                forwards: forwards.clone(),
-                ipv6: *ipv6,
-            },
-        },
-    };
-    Machine {
+    Ok(Machine {
         cpu_count: spec.cpu_count,
         memory: spec.memory.size(),
         mapping: spec.memory.mapping(),
         accelerator: spec.accelerator,
         translation_cache: spec.translation_cache,
         disks: spec.disks.iter().map(disk).collect(),
-        network: spec.network.as_ref().map(network),
-    }
+        network: spec.network.as_ref().map(network).transpose()?,
+    })
+}
+
+fn network(network: &NetworkSpec) -> Result<Network, HypervisorError> {
+    let backend = match &network.backend {
+        NetworkBackend::Stream(_) => Backend::Stream,
+        NetworkBackend::User { forwards, ipv6 } => Backend::User {
+            forwards: forwards.clone(),
+            ipv6: *ipv6,
+        },
+        NetworkBackend::Tap { name } => {
+            return Err(HypervisorError::InvalidSpec {
+                what: format!("the tap device '{name}'"),
+                reason: "QEMU is given its network as a descriptor".to_owned(),
+            });
+        }
+    };
+    Ok(Network {
+        mac: network.mac,
+        backend,
+    })
 }
 
 /// The hypervisor's ends of its channels to the owner.
@@ -411,7 +316,7 @@ fn inherit(
     }
     let network = match spec.network.map(|network| network.backend) {
         Some(NetworkBackend::Stream(socket)) => Some(command.inherit(socket)?),
-        Some(NetworkBackend::User { .. }) | None => None,
+        Some(NetworkBackend::User { .. } | NetworkBackend::Tap { .. }) | None => None,
     };
     Ok(Descriptors {
         memory: command.inherit(spec.memory.into())?,
@@ -429,19 +334,6 @@ fn inherit(
 fn reopen_read_only(file: &File) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     Ok(File::open(path)?.into())
-}
-
-/// A path as an argument of QEMU: absolute, since QEMU runs in another directory.
-fn text_path(path: &Path, what: &str) -> Result<String, HypervisorError> {
-    let refuse = |reason: String| HypervisorError::InvalidSpec {
-        what: format!("{what} {}", path.display()),
-        reason,
-    };
-    let absolute = std::path::absolute(path).map_err(|error| refuse(error.to_string()))?;
-    absolute
-        .into_os_string()
-        .into_string()
-        .map_err(|_| refuse("its path is not UTF-8".to_owned()))
 }
 
 /// A pair of connected sockets: the owner's end, and QEMU's.
@@ -463,8 +355,4 @@ fn socket_pair(what: &'static str) -> Result<(UnixStream, OwnedFd), HypervisorEr
         Ok((UnixStream::from_std(own)?, other))
     };
     pair().map_err(setup_failed(what))
-}
-
-fn setup_failed(what: &'static str) -> impl Fn(io::Error) -> HypervisorError {
-    move |source| HypervisorError::Setup { what, source }
 }

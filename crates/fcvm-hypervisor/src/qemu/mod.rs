@@ -10,8 +10,10 @@ mod launch;
 mod probe;
 mod snapshot;
 
-pub use api::VmEvent;
 pub use command_line::DeviceLine;
-pub use launch::{ExitCause, QemuVm, VmExit};
-pub use probe::{MINIMUM_VERSION, Qemu, Version};
+pub use launch::QemuVm;
+pub use probe::{MINIMUM_VERSION, Qemu};
 pub use snapshot::{DEVICE_STATE_BYTES_MAX, DeviceState, QemuStandby};
+
+/// The hypervisor's name in messages.
+const NAME: &str = "QEMU";

@@ -8,8 +8,9 @@ use std::process::Command;
 use crate::linux::{Linux, Shell};
 use crate::support::{self, qemu};
 use fcvm_hypervisor::probe::measure_tsc_khz;
-use fcvm_hypervisor::qemu::{ExitCause, Qemu, QemuVm, VmEvent};
+use fcvm_hypervisor::qemu::{Qemu, QemuVm};
 use fcvm_hypervisor::{Accelerator, DiskSpec, Launch, Pause};
+use fcvm_hypervisor::{ExitCause, VmEvent};
 use fcvm_types::ByteSize;
 
 /// Starts a guest with a shared root disk and a scratch disk of its own.

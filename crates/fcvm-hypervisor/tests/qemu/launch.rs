@@ -6,8 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
 use crate::support::{Ending, qemu, read_console_bytes, read_console_until, spec, write_kernel};
-use fcvm_hypervisor::qemu::{ExitCause, Qemu, VmEvent};
+use fcvm_hypervisor::qemu::Qemu;
 use fcvm_hypervisor::{DiskSpec, HypervisorError, Launch, NetworkBackend, NetworkSpec, Pause};
+use fcvm_hypervisor::{ExitCause, VmEvent};
 
 #[tokio::test]
 async fn guest_runs_pauses_resumes_and_is_killed() {
@@ -158,9 +159,9 @@ async fn qemu_that_is_missing_or_too_old() {
     let kernel = write_kernel(directory.path(), "", Ending::Halt);
     let (spec, _console) = spec(kernel);
     let error = old.launch(spec).await.unwrap_err();
-    assert!(matches!(error, HypervisorError::TooOld { .. }), "{error}");
+    assert!(matches!(error, HypervisorError::Version { .. }), "{error}");
     assert!(
-        error.to_string().contains("5.2.0") && error.to_string().contains("7.2.0 or later"),
+        error.to_string().contains("5.2.0") && error.to_string().contains("from 7.2.0 on"),
         "{error}"
     );
 }

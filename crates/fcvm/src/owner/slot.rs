@@ -4,7 +4,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use fcvm_hypervisor::Pause;
-use fcvm_hypervisor::qemu::{QemuVm, VmEvent, VmExit};
+use fcvm_hypervisor::qemu::QemuVm;
+use fcvm_hypervisor::{VmEvent, VmExit};
 use fcvm_types::record::ProcessIdentity;
 
 /// The present machine.

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::qemu::VmEvent;
+use fcvm_hypervisor::VmEvent;
 use fcvm_network::ConnectionId;
 use fcvm_types::record::{VmRecord, VmState};
 use fcvm_wire::{Outcome, Request};

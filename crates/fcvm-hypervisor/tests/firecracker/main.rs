@@ -1,0 +1,397 @@
+//! The Firecracker driver against a strict stand-in, which runs everywhere: what it asks for, and what
+//! it makes of every way in which that can fail. The real one is run by `make lab-test`.
+
+mod fake;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use fake::{Behaviour, Fault};
+use fcvm_hypervisor::firecracker::{Firecracker, FirecrackerVm};
+use fcvm_hypervisor::{
+    Accelerator, AgentChannel, BootSpec, DiskFormat, DiskLayer, DiskSpec, ExitCause, GuestMemory,
+    HardwareSpec, HypervisorError, Launch, LaunchSpec, NetworkBackend, NetworkSpec, Pause,
+};
+use fcvm_types::ByteSize;
+use tempfile::TempDir;
+use tokio::io::AsyncReadExt;
+
+/// Not a test: the stand-in's process.
+#[test]
+#[ignore = "started by the other tests"]
+fn fake_firecracker() {
+    fake::main();
+}
+
+/// A place with a stand-in, and what a VM is made of.
+struct Place {
+    directory: TempDir,
+    program: PathBuf,
+}
+
+impl Place {
+    fn new(behaviour: Behaviour<'_>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let program = fake::install(directory.path(), behaviour);
+        for name in ["kernel", "initramfs"] {
+            fs::write(directory.path().join(name), name).unwrap();
+        }
+        Self { directory, program }
+    }
+
+    fn faulty(fault: Fault, request: &str) -> Self {
+        Self::new(Behaviour {
+            fault: Some((fault, request)),
+            ..Behaviour::default()
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn firecracker(&self) -> Firecracker {
+        Firecracker::locate(Some(&self.program), "", self.path("vm")).unwrap()
+    }
+
+    /// A specification with two disks, and the reading end of its console.
+    fn spec(&self) -> (LaunchSpec, File) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let root = self.path("kernel");
+        let spec = LaunchSpec {
+            hardware: HardwareSpec {
+                cpu_count: 3,
+                memory: GuestMemory::new(ByteSize::from_mib(128)).unwrap(),
+                disks: vec![
+                    DiskSpec::raw(File::open(root).unwrap(), "fcvm-root", true),
+                    // A file without a name, as a VM's own disk is.
+                    DiskSpec::raw(tempfile::tempfile().unwrap(), "fcvm-scratch", false),
+                ],
+                network: None,
+                accelerator: Accelerator::Kvm,
+                translation_cache: ByteSize::from_mib(1),
+                console: writer.into(),
+            },
+            boot: BootSpec {
+                kernel: self.path("kernel"),
+                initramfs: Some(self.path("initramfs")),
+                extra_kernel_args: vec!["loglevel=7".to_owned()],
+            },
+        };
+        (spec, File::from(OwnedFd::from(reader)))
+    }
+
+    async fn launch(&self) -> Result<FirecrackerVm, HypervisorError> {
+        self.firecracker().launch(self.spec().0).await
+    }
+
+    async fn failure(&self) -> HypervisorError {
+        let error = self.launch().await.expect_err("the launch had to fail");
+        assert!(
+            !self.path("vm").exists(),
+            "the VM's directory was left: {error}"
+        );
+        assert!(!error.to_string().contains('\n'), "{error}");
+        error
+    }
+}
+
+async fn first_words(channel: AgentChannel) -> Vec<u8> {
+    let mut stream = channel.connected().await.unwrap();
+    let mut words = vec![0; fake::AGENT_TEXT.len()];
+    stream.read_exact(&mut words).await.unwrap();
+    words
+}
+
+#[tokio::test]
+async fn a_vm_runs_pauses_goes_on_and_is_killed() {
+    let place = Place::new(Behaviour::default());
+    let (spec, mut console) = place.spec();
+    let mut vm = place.firecracker().launch(spec).await.unwrap();
+    assert_eq!(vm.version().to_string(), "1.17.0");
+    let channel = vm.take_agent().unwrap();
+    assert_eq!(first_words(channel).await, fake::AGENT_TEXT);
+    assert!(vm.take_agent().is_none());
+
+    assert!(vm.is_running().await.unwrap());
+    vm.pause().await.unwrap();
+    vm.pause().await.unwrap();
+    assert!(!vm.is_running().await.unwrap());
+    vm.resume().await.unwrap();
+    assert!(vm.is_running().await.unwrap());
+
+    vm.kill();
+    assert_eq!(vm.wait_exit().await.cause, ExitCause::Killed(9));
+    assert_eq!(vm.next_event().await, None);
+    let mut text = String::new();
+    console.read_to_string(&mut text).unwrap();
+    assert!(text.contains(fake::CONSOLE_TEXT), "{text}");
+    drop(vm);
+    assert!(!place.path("vm").exists());
+}
+
+#[tokio::test]
+async fn what_is_dropped_ends_and_leaves_nothing() {
+    let place = Place::new(Behaviour::default());
+    let vm = place.launch().await.unwrap();
+    let process = format!("/proc/{}", vm.identity().pid);
+    assert!(Path::new(&process).exists());
+    drop(vm);
+    assert!(!Path::new(&process).exists());
+    assert!(!place.path("vm").exists());
+}
+
+#[tokio::test]
+async fn a_socket_that_is_listened_on_late_is_waited_for() {
+    let place = Place::new(Behaviour {
+        late: true,
+        ..Behaviour::default()
+    });
+    let vm = place.launch().await.unwrap();
+    assert!(vm.is_running().await.unwrap());
+}
+
+#[tokio::test]
+async fn versions_outside_of_the_range_are_refused() {
+    for (version, words) in [
+        ("1.12.1", "is too old: a version from 1.13.0 on"),
+        ("0.25.2", "is too old"),
+        (
+            "2.0.0",
+            "is too new: a version from 1.13.0 on and before 2.0.0",
+        ),
+    ] {
+        let place = Place::new(Behaviour {
+            version,
+            ..Behaviour::default()
+        });
+        let error = place.failure().await;
+        assert!(matches!(error, HypervisorError::Version { .. }), "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+        let error = place.firecracker().check_version().unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    let newest = Place::new(Behaviour {
+        version: "1.99.3",
+        ..Behaviour::default()
+    });
+    assert_eq!(
+        newest.firecracker().check_version().unwrap().to_string(),
+        "1.99.3"
+    );
+}
+
+#[tokio::test]
+async fn another_program_or_none_is_told_from_firecracker() {
+    let place = Place::new(Behaviour::default());
+    let missing = Firecracker::locate(Some(&place.path("gone")), "", place.path("vm"));
+    let error = missing.unwrap_err().to_string();
+    assert!(error.starts_with("Firecracker was not found ("), "{error}");
+    assert!(error.contains("FCVM_FIRECRACKER_BIN"), "{error}");
+    let search_path = place.directory.path().display().to_string();
+    let found = Firecracker::locate(None, &search_path, place.path("vm")).unwrap();
+    assert_eq!(found.program(), place.program);
+    assert!(Firecracker::locate(None, "/nowhere", place.path("vm")).is_err());
+
+    fake::write_program(&place.program, "#!/bin/sh\necho 'sandboxd 2'\n");
+    let error = place.failure().await;
+    assert!(matches!(error, HypervisorError::Foreign { .. }), "{error}");
+    assert!(error.to_string().contains("it printed 'sandboxd 2'"));
+    fake::write_program(&place.program, "#!/nowhere/sh\n");
+    let error = place.failure().await;
+    assert!(matches!(error, HypervisorError::Spawn { .. }), "{error}");
+    let end = "#!/bin/sh\n[ \"$1\" = --version ] && exec echo Firecracker v1.14.0\n\
+               echo 'Error: ParseArguments(UnexpectedArgument)' >&2\nexit 153\n";
+    fake::write_program(&place.program, end);
+    let error = place.failure().await.to_string();
+    assert_eq!(
+        error,
+        "the VM did not start: firecracker exited with status 153: Error: ParseArguments(UnexpectedArgument)"
+    );
+}
+
+/// The requests of a launch.
+const REQUESTS: [&str; 9] = [
+    "GET /version",
+    "PUT /machine-config",
+    "PUT /boot-source",
+    "PUT /drives/disk0",
+    "PUT /drives/disk1",
+    "PUT /vsock",
+    "PUT /entropy",
+    "PUT /actions",
+    "PATCH /vm",
+];
+
+/// A VM that is paused as soon as it runs.
+async fn launch_and_pause(place: &Place) -> Result<(), HypervisorError> {
+    place.launch().await?.pause().await
+}
+
+#[tokio::test]
+async fn a_refusal_is_told_with_firecrackers_reason() {
+    for request in &REQUESTS[1..] {
+        let place = Place::faulty(Fault::Refuse, request);
+        let error = launch_and_pause(&place).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("Firecracker refused '{request}': The kernel file is 'odd'.")
+        );
+        assert!(!place.path("vm").exists());
+    }
+    let place = Place::faulty(Fault::Silent, "PUT /vsock");
+    let error = place.failure().await.to_string();
+    assert!(
+        error.ends_with("it answered with status 500 and no reason"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_death_is_told_with_the_last_words() {
+    for request in &REQUESTS[..REQUESTS.len() - 1] {
+        let place = Place::faulty(Fault::Die, request);
+        let error = place.failure().await;
+        assert_eq!(
+            error.to_string(),
+            "the VM did not start: firecracker exited with status 1: Error: the fake gives up",
+            "at {request}"
+        );
+    }
+    let place = Place::faulty(Fault::Die, "PATCH /vm");
+    let vm = place.launch().await.unwrap();
+    let error = vm.pause().await.unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::Disconnected { .. }),
+        "{error}"
+    );
+    assert_eq!(vm.wait_exit().await.cause, ExitCause::Failed);
+}
+
+#[tokio::test]
+async fn a_guests_reset_is_the_end_of_its_vm() {
+    let place = Place::faulty(Fault::Reset, "PATCH /vm");
+    let vm = place.launch().await.unwrap();
+    vm.resume().await.unwrap();
+    assert_eq!(vm.wait_exit().await.cause, ExitCause::Reset);
+}
+
+/// The clock stands still but for what is waited for, so that no time limit takes its time.
+#[tokio::test]
+async fn a_hang_ends_with_the_time_limit() {
+    let place = Place::faulty(Fault::Hang, "PATCH /vm");
+    let vm = place.launch().await.unwrap();
+    tokio::time::pause();
+    let error = vm.pause().await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "Firecracker did not answer 'PATCH /vm' within 35 s: it hangs or the host is overloaded"
+    );
+    // All requests hang then, and the VM can still be ended.
+    let error = vm.is_running().await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Timeout { .. }), "{error}");
+    tokio::time::resume();
+    vm.kill();
+    assert_eq!(vm.wait_exit().await.cause, ExitCause::Killed(9));
+}
+
+#[tokio::test]
+async fn answers_that_are_none_are_refused() {
+    for fault in [Fault::Nonsense, Fault::Flood] {
+        let place = Place::faulty(fault, "PUT /machine-config");
+        let error = place.failure().await;
+        assert!(
+            matches!(error, HypervisorError::Disconnected { .. }),
+            "{error}"
+        );
+    }
+    let place = Place::new(Behaviour {
+        version: "twelve",
+        ..Behaviour::default()
+    });
+    let error = place.failure().await.to_string();
+    assert!(error.contains("twelve"), "{error}");
+}
+
+#[tokio::test]
+async fn what_firecracker_cannot_have_is_refused_before_it_starts() {
+    type Change = fn(&mut HardwareSpec);
+    let cases: [(&str, Change); 6] = [
+        ("Firecracker needs KVM", |spec| {
+            spec.accelerator = Accelerator::Tcg { tsc_khz: None };
+        }),
+        ("a VM has 1 to 32", |spec| spec.cpu_count = 33),
+        ("takes whole MiB", |spec| {
+            spec.memory = GuestMemory::new(ByteSize::from_bytes((128 << 20) + 4096)).unwrap();
+        }),
+        ("has memory of its own", |spec| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(128 << 20).unwrap();
+            spec.memory = GuestMemory::copy_on_write(file.into()).unwrap();
+        }),
+        ("takes one raw file", |spec| {
+            spec.disks[1].layers.push(DiskLayer {
+                file: tempfile::tempfile().unwrap(),
+                format: DiskFormat::Qcow2,
+            });
+        }),
+        ("takes tap devices only", |spec| {
+            spec.network = Some(NetworkSpec {
+                backend: NetworkBackend::User {
+                    forwards: Vec::new(),
+                    ipv6: false,
+                },
+                mac: [2, 0, 0, 0, 0, 1],
+                announce: false,
+            });
+        }),
+    ];
+    // Whoever starts it fails.
+    let place = Place::faulty(Fault::Die, "GET /version");
+    for (words, change) in cases {
+        let (mut spec, _console) = place.spec();
+        change(&mut spec.hardware);
+        let error = place.firecracker().launch(spec).await.unwrap_err();
+        assert!(
+            matches!(error, HypervisorError::InvalidSpec { .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    let (mut spec, _console) = place.spec();
+    spec.boot.kernel = place.path("no-kernel");
+    let error = place.firecracker().launch(spec).await.unwrap_err();
+    assert!(error.to_string().contains("no-kernel"), "{error}");
+}
+
+#[tokio::test]
+async fn a_tap_device_that_is_missing_is_told() {
+    let place = Place::new(Behaviour::default());
+    let (mut spec, _console) = place.spec();
+    spec.hardware.network = Some(NetworkSpec {
+        backend: NetworkBackend::Tap {
+            name: "fcvm-gone0".to_owned(),
+        },
+        mac: [2, 0, 0, 0, 0, 1],
+        announce: false,
+    });
+    let error = place.firecracker().launch(spec).await.unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.starts_with("Firecracker refused 'PUT /network-interfaces/net0': "),
+        "{error}"
+    );
+    assert!(error.contains("fcvm-gone0"), "{error}");
+}
+
+#[tokio::test]
+async fn what_an_earlier_vm_left_is_not_taken_over() {
+    let place = Place::new(Behaviour::default());
+    fs::create_dir(place.path("vm")).unwrap();
+    fs::write(place.path("vm/vsock"), "").unwrap();
+    let error = place.launch().await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Setup { .. }), "{error}");
+    assert!(place.path("vm/vsock").exists());
+}
