@@ -62,11 +62,12 @@ guest-kernel:
 	    echo "make test: no guest kernel could be had: tests that boot one are skipped" >&2
 
 .PHONY: test-kernel
-test-kernel: agent ## build the guest-min kernel from source and boot it: takes up to an hour
+test-kernel: agent ## build kernels from source, boot them, and work with ZFS in one: takes up to an hour
 	scripts/install-deps --test
 	$(CARGO) build --locked -p fcvm
 	@mkdir -p $(TEST_DATA)
 	FCVM_AGENT_BIN=$(AGENT) scripts/test-kernel $(TARGET_DIR)/debug/fcvm $(TEST_DATA)
+	FCVM_AGENT_BIN=$(AGENT) scripts/test-kernel-zfs $(TARGET_DIR)/debug/fcvm $(TEST_DATA)
 
 .PHONY: lint
 lint: ## formatting, clippy, dependency rule, licences, advisories, tidiness

@@ -2,9 +2,14 @@
 //!
 //! The tree comes as a tar stream, which becomes the one layer of an image without touching the disk
 //! twice. It is kept uncompressed: compressing it would take longer than everything that follows.
+//!
+//! With OpenZFS the image gets its userland of one version, and a package without files that stands for the kernel's
+//! part, because that is not a module of a package: it is built into the kernel.
 
-use std::fs;
+use std::collections::HashMap;
+use std::fs::{self, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -40,6 +45,13 @@ impl Variant {
     }
 }
 
+/// The label that tells of which version the OpenZFS of an image is.
+pub const ZFS_LABEL: &str = "fcvm.zfs";
+/// Packages of OpenZFS's userland.
+const ZFS_PACKAGES: [&str; 2] = ["zfsutils-linux", "zfs-zed"];
+/// The package that stands for the kernel's part.
+const ZFS_KERNEL_PACKAGE: &str = "fcvm-zfs-in-kernel";
+
 /// What [`bootstrap`] is to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootstrapOptions {
@@ -51,6 +63,8 @@ pub struct BootstrapOptions {
     pub include: Vec<String>,
     /// Which packages come without being asked for.
     pub variant: Variant,
+    /// The version of OpenZFS to install, without the packaging's part: `2.3.9`.
+    pub zfs: Option<String>,
     /// Where packages come from: a mirror's URL or the path of a file in the form of sources.list.
     /// Where absent, mmdebstrap's default: Debian's own mirror, with updates and security for a
     /// stable release. Proxies of this machine's apt configuration are used in any case.
@@ -72,6 +86,7 @@ impl BootstrapOptions {
             suite: suite.to_owned(),
             include: Vec::new(),
             variant: Variant::default(),
+            zfs: None,
             sources: None,
             name: None,
             platform: Platform::host(),
@@ -149,6 +164,20 @@ pub enum BootstrapError {
         /// mmdebstrap's words.
         reason: String,
     },
+    /// The suite's OpenZFS is of another version.
+    #[error(
+        "{suite} has no OpenZFS {version}, which the kernel has: build the kernel anew ('fcvm kernel build --profile \
+         guest-zfs'), or make the image of the suite that the kernel's OpenZFS is from"
+    )]
+    Zfs {
+        /// The suite.
+        suite: String,
+        /// The version that was asked for.
+        version: String,
+    },
+    /// The package that stands for the kernel's part cannot be made.
+    #[error("cannot make a package for OpenZFS in the kernel: {0}")]
+    Stub(String),
     /// mmdebstrap failed.
     #[error("mmdebstrap could not make {suite}: {reason}")]
     Failed {
@@ -179,7 +208,13 @@ pub fn bootstrap(
         Some(name) => name.clone(),
         None => Reference::parse_local(&format!("debian:{}", options.suite))?,
     };
+    let stub = options.zfs.as_deref().map(zfs_stub).transpose()?;
     let mut command = command(options)?;
+    if let Some(stub) = &stub {
+        install_first(&mut command, stub.path());
+    }
+    command.args([&options.suite, "-"]);
+    command.args(&options.sources);
     let created_by = format!("mmdebstrap {}", arguments_shown(&command));
     let ingest = store.begin()?;
     let mut layer = ingest.writer(LAYER_MAX_BYTES)?;
@@ -205,7 +240,7 @@ pub fn bootstrap(
     });
     let (status, lines) = ended?;
     if !status.success() {
-        return Err(explain_failure(&options.suite, &lines));
+        return Err(explain_failure(options, &lines));
     }
     let layer = layer.commit(None)?;
     task.finish("installed");
@@ -215,6 +250,11 @@ pub fn bootstrap(
         // Essential, and so in every variant.
         command: "bash",
         created_by,
+        labels: options
+            .zfs
+            .iter()
+            .map(|version| (ZFS_LABEL.to_owned(), version.clone()))
+            .collect::<HashMap<_, _>>(),
         names: &[name],
     };
     Ok(compose::finish(ingest, image)?)
@@ -239,6 +279,11 @@ fn check(options: &BootstrapOptions) -> Result<(), BootstrapError> {
         .find(|package| !fits(package, b"+-.:=~"))
     {
         return Err(BootstrapError::Package(one_line(bad, 100)));
+    }
+    if let Some(version) = &options.zfs
+        && !fits(version, b".")
+    {
+        return Err(BootstrapError::Package(one_line(version, 100)));
     }
     match options.sources.as_deref() {
         None => Ok(()),
@@ -271,12 +316,60 @@ fn command(options: &BootstrapOptions) -> Result<Command, BootstrapError> {
     ]);
     command.arg(format!("--variant={}", options.variant.name()));
     command.arg(format!("--architectures={architecture}"));
-    if !options.include.is_empty() {
-        command.arg(format!("--include={}", options.include.join(",")));
+    let mut packages = options.include.clone();
+    if let Some(version) = &options.zfs {
+        command.arg("--components=main,contrib");
+        // apt takes a pattern: whatever the packaging's part is.
+        packages.extend(ZFS_PACKAGES.map(|package| format!("{package}={version}*")));
     }
-    command.args([&options.suite, "-"]);
-    command.args(&options.sources);
+    if !packages.is_empty() {
+        command.arg(format!("--include={}", packages.join(",")));
+    }
     Ok(command)
+}
+
+/// A package without files that provides what zfs-zed asks of the kernel.
+fn zfs_stub(version: &str) -> Result<tempfile::TempDir, BootstrapError> {
+    let failed = |error: io::Error| BootstrapError::Stub(error.to_string());
+    let directory = tempfile::Builder::new()
+        .prefix("fcvm-zfs-")
+        .tempdir()
+        .map_err(failed)?;
+    // Without root, mmdebstrap works as another user.
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).map_err(failed)?;
+    let tree = directory.path().join("tree/DEBIAN");
+    fs::create_dir_all(&tree).map_err(failed)?;
+    fs::set_permissions(&tree, Permissions::from_mode(0o755)).map_err(failed)?;
+    let control = format!(
+        "Package: {ZFS_KERNEL_PACKAGE}\nVersion: {version}\nArchitecture: all\nProvides: zfs-modules\n\
+         Maintainer: fcvm <root@localhost>\n\
+         Description: OpenZFS {version} is built into the kernel\n"
+    );
+    fs::write(tree.join("control"), control).map_err(failed)?;
+    let output = Command::new("dpkg-deb")
+        .args(["--root-owner-group", "--build"])
+        .arg(directory.path().join("tree"))
+        .arg(directory.path().join("stub.deb"))
+        .output()
+        .map_err(|error| BootstrapError::Stub(format!("cannot start dpkg-deb: {error}")))?;
+    match output.status.success() {
+        true => {
+            let stub = directory.path().join("stub.deb");
+            fs::set_permissions(stub, Permissions::from_mode(0o644)).map_err(failed)?;
+            Ok(directory)
+        }
+        false => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            Err(BootstrapError::Stub(one_line(&said, 200)))
+        }
+    }
+}
+
+/// Lets mmdebstrap install the stub before apt decides what the packages need.
+fn install_first(command: &mut Command, directory: &Path) {
+    command.env("FCVM_STUB", directory.join("stub.deb"));
+    command.arg("--essential-hook=cp \"$FCVM_STUB\" \"$1/stub.deb\"");
+    command.arg("--essential-hook=chroot \"$1\" dpkg --install /stub.deb && rm \"$1/stub.deb\"");
 }
 
 fn arguments_shown(command: &Command) -> String {
@@ -296,9 +389,17 @@ fn report(line: &str, progress: &dyn Progress) {
     }
 }
 
-fn explain_failure(suite: &str, lines: &[String]) -> BootstrapError {
+fn explain_failure(options: &BootstrapOptions, lines: &[String]) -> BootstrapError {
+    let suite = options.suite.clone();
+    if let Some(version) = &options.zfs
+        && lines.iter().any(|line| {
+            line.contains(&format!("Version '{version}*' for '")) && line.contains("was not found")
+        })
+    {
+        let version = version.clone();
+        return BootstrapError::Zfs { suite, version };
+    }
     let reason = explain(lines);
-    let suite = suite.to_owned();
     let mentions = |words: &[&str]| words.iter().any(|word| reason.contains(word));
     if mentions(&[
         "unshare",

@@ -1,5 +1,7 @@
 //! Makes the documents of an image that has none yet: one uncompressed layer and a configuration.
 
+use std::collections::HashMap;
+
 use oci_spec::image::{
     Arch, ConfigBuilder, DescriptorBuilder, HistoryBuilder, ImageConfigurationBuilder,
     ImageManifestBuilder, MediaType, Os, RootFsBuilder, Sha256Digest,
@@ -24,6 +26,8 @@ pub(crate) struct Description<'d> {
     pub(crate) command: &'d str,
     /// How the layer came to be, for the history.
     pub(crate) created_by: String,
+    /// Labels to give.
+    pub(crate) labels: HashMap<String, String>,
     /// Names to give.
     pub(crate) names: &'d [Reference],
 }
@@ -50,6 +54,7 @@ pub(crate) fn finish(ingest: Ingest, image: Description<'_>) -> Result<Image, St
     let run = ConfigBuilder::default()
         .env([PATH.to_owned()])
         .cmd([image.command.to_owned()])
+        .labels(image.labels)
         .build()
         .expect("no field is required");
     let config = ImageConfigurationBuilder::default()

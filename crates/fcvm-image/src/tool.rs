@@ -10,7 +10,8 @@ use std::thread::{Scope, ScopedJoinHandle};
 
 use crate::progress::one_line;
 
-const KEPT_LINES: usize = 4;
+const KEPT_LINES: usize = 12;
+const SHOWN_ERRORS: usize = 3;
 const LINE_MAX_BYTES: u64 = 4096;
 const LINE_MAX_CHARS: usize = 300;
 
@@ -108,7 +109,9 @@ fn last_lines(errors: ChildStderr, line: &dyn Fn(&str)) -> VecDeque<String> {
 /// The lines that say what went wrong: those marked as errors where there are any, on one line.
 pub(crate) fn explain(lines: &[String]) -> String {
     let is_error = |line: &&String| line.starts_with("E:") || line.contains("rror:");
-    let errors: Vec<&str> = lines.iter().filter(is_error).map(String::as_str).collect();
+    // The first is the reason, the others follow from it.
+    let errors = lines.iter().filter(is_error).take(SHOWN_ERRORS);
+    let errors: Vec<&str> = errors.map(String::as_str).collect();
     if errors.is_empty() {
         lines
             .last()

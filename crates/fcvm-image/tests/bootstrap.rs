@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use common::{Recorder, Scratch, all, tool_missing};
-use fcvm_image::bootstrap::{BootstrapError, BootstrapOptions, Variant, bootstrap};
+use fcvm_image::bootstrap::{BootstrapError, BootstrapOptions, Variant, ZFS_LABEL, bootstrap};
 use fcvm_image::{ImageStore, Silent};
 
 fn options() -> BootstrapOptions {
@@ -147,4 +147,54 @@ fn the_program_is_asked_for_what_was_wanted() {
     ] {
         assert!(said.contains(part), "{said}");
     }
+}
+
+#[test]
+fn zfs_is_asked_for_in_one_version_with_a_package_for_the_kernels_part() {
+    let scratch = Scratch::new();
+    let (said, control) = (scratch.path("said"), scratch.path("control"));
+    let mut options = program(
+        &scratch,
+        &format!(
+            "echo \"$*\" > {}; dpkg-deb --field \"$FCVM_STUB\" > {}; tar -cf - -C /etc hostname",
+            said.display(),
+            control.display()
+        ),
+    );
+    options.zfs = Some("2.3.9".into());
+    let image = bootstrap(&scratch.store(), &options, &Silent).unwrap();
+    let labels = image
+        .config
+        .config()
+        .as_ref()
+        .unwrap()
+        .labels()
+        .clone()
+        .unwrap();
+    assert_eq!(labels.get(ZFS_LABEL).unwrap(), "2.3.9");
+    let said = fs::read_to_string(said).unwrap();
+    assert!(said.contains("--components=main,contrib "), "{said}");
+    assert!(
+        said.contains("--include=zfsutils-linux=2.3.9*,zfs-zed=2.3.9* "),
+        "{said}"
+    );
+    let control = fs::read_to_string(control).unwrap();
+    assert!(control.contains("Provides: zfs-modules\n"), "{control}");
+}
+
+#[test]
+fn another_zfs_than_the_kernels_is_refused() {
+    let scratch = Scratch::new();
+    let script = "echo \"E: Version '2.2.0*' for 'zfsutils-linux' was not found\" >&2; exit 100";
+    let mut options = program(&scratch, script);
+    options.zfs = Some("2.2.0".into());
+    let message = bootstrap(&scratch.store(), &options, &Silent)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.starts_with("bookworm has no OpenZFS 2.2.0"),
+        "{message}"
+    );
+    options.zfs = Some("2;x".into());
+    assert!(bootstrap(&scratch.store(), &options, &Silent).is_err());
 }

@@ -32,6 +32,7 @@ pub fn from_file(directory: &Path, path: &Path) -> Result<GuestKernel> {
         files::cached(&parent, &name, size_bytes, KEPT_COUNT, || Ok(&image.bytes))?
     };
     Ok(GuestKernel {
+        zfs: None,
         version: image.release().unwrap_or_else(|| "unknown".to_owned()),
         package: None,
         architecture: image.architecture,

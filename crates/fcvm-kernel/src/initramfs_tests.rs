@@ -37,6 +37,7 @@ fn kernel(directory: &Path) -> GuestKernel {
         }
     };
     GuestKernel {
+        zfs: None,
         version: "6.1.0".to_owned(),
         package: None,
         architecture: Architecture::X86_64,

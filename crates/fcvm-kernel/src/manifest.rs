@@ -29,6 +29,8 @@ pub struct GuestKernel {
     pub version: String,
     /// The Debian package and its version; absent for a user's own kernel.
     pub package: Option<String>,
+    /// The version of OpenZFS that is known to be built in.
+    pub zfs: Option<String>,
     /// What it runs on.
     pub architecture: Architecture,
     /// The uncompressed kernel: an ELF vmlinux with a PVH entry point, or an AArch64 Image.
@@ -195,6 +197,7 @@ impl Manifest {
     /// The kernel as callers see it.
     pub(crate) fn into_kernel(self, directory: &Path) -> GuestKernel {
         GuestKernel {
+            zfs: None,
             version: self.release,
             package: self.package,
             architecture: self.architecture,

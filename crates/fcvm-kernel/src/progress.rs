@@ -15,6 +15,8 @@ pub enum SetupStage {
     Download,
     /// The package is unpacked and the kernel extracted.
     Unpack,
+    /// OpenZFS is fitted to a kernel's configuration.
+    Configure,
     /// A kernel is built from source: objects.
     Build,
     /// The kernel that was built is stored.
@@ -29,6 +31,7 @@ impl fmt::Display for SetupStage {
             Self::Lists => "fetching package lists",
             Self::Download => "fetching the kernel package",
             Self::Unpack => "unpacking the kernel",
+            Self::Configure => "fitting OpenZFS to the kernel",
             Self::Build => "building",
             Self::Store => "storing the kernel",
         })

@@ -3,6 +3,7 @@
 //! GNU tar packs it: hard links, holes, devices and extended attributes are its trade. Members come in
 //! the order of their names, so the same tree gives the same layer.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -51,6 +52,7 @@ impl Import<'_> {
             platform: &self.options.platform,
             command: "sh",
             created_by: format!("import of a directory named {name}"),
+            labels: HashMap::new(),
             names: self.options.name.as_slice(),
         };
         Ok(compose::finish(ingest, image)?)

@@ -11,12 +11,13 @@ use super::profile::{Profile, Use};
 use super::resolve::{self, Resolved};
 use super::source::Source;
 use super::store::{self, BuiltKernel};
+use super::zfs::{self, Zfs};
 use super::{BuildError, Directories, Result, check_space};
 use crate::files;
 use crate::progress::{Progress, SetupEvent, SetupStage};
 
 /// Part of every key, so that a kernel that an older program stored in another way is built again.
-const KEY_VERSION: u32 = 1;
+const KEY_VERSION: u32 = 2;
 /// Digits of the key in a kernel's name.
 const KEY_CHARS: usize = 10;
 /// What the objects of a guest's kernel take, and of a host's.
@@ -60,6 +61,8 @@ pub struct Plan {
     pub source: Source,
     /// By which profile.
     pub profile: Profile,
+    /// OpenZFS, where it is built in from a source of ours.
+    pub zfs: Option<Zfs>,
     /// The configuration.
     pub resolved: Resolved,
     /// How.
@@ -116,6 +119,7 @@ impl BuildOptions {
 pub fn plan(
     directories: &Directories,
     source: Source,
+    zfs: Option<Zfs>,
     profile: Profile,
     options: BuildOptions,
 ) -> Result<Plan> {
@@ -129,17 +133,25 @@ pub fn plan(
     };
     resolved.check()?;
     let march = options.march.as_deref().unwrap_or_default();
+    // The values and not the text: a symbol that is off is the same as one that is not known.
     let inputs = format!(
-        "{KEY_VERSION}\n{}\n{march}\n{}\n{}",
+        "{KEY_VERSION}\n{}\n{:?}\n{march}\n{}\n{:?}",
         source.id,
+        zfs.as_ref().map(|zfs| &zfs.id),
         options.make().llvm,
-        resolved.text
+        resolved.values
     );
     let key = files::sha256_hex(inputs.as_bytes());
     Ok(Plan {
-        name: format!("{}-{}-{}", profile.name, source.release, &key[..KEY_CHARS]),
+        name: format!(
+            "{}-{}-{}",
+            profile.kernel_name(),
+            source.release,
+            &key[..KEY_CHARS]
+        ),
         source,
         profile,
+        zfs,
         resolved,
         options,
         key,
@@ -184,6 +196,14 @@ pub fn build(
     }
     write_config(&output.join(".config"), &plan.resolved.text)?;
     let log = work.join(format!("{variant}.log"));
+    // Held until the kernel is there: a newer ZFS would change the source.
+    let _zfs = match &plan.zfs {
+        Some(zfs) => {
+            let log = work.join(format!("{variant}.zfs.log"));
+            Some(zfs::add(plan, zfs, &output, &log, progress)?)
+        }
+        None => None,
+    };
     let object_count = make(directories, plan, &output, &log, progress)?;
     let built = read_back(plan, &output)?;
     progress(SetupEvent::start(SetupStage::Store, plan.name.clone()));
@@ -296,7 +316,8 @@ fn build_command(plan: &Plan, output: &Path) -> Command {
     if let Some(march) = &plan.options.march {
         command.arg(format!("KCFLAGS=-march={march}"));
     }
-    command.arg("bzImage");
+    // ZFS may have been made known to the source since it was configured.
+    command.args(["olddefconfig", "bzImage"]);
     command
 }
 

@@ -72,6 +72,16 @@ pub enum BuildError {
         /// What is wrong, and what can be written.
         reason: String,
     },
+    /// No OpenZFS for this kernel.
+    #[error(
+        "no OpenZFS fits Linux {kernel}: known are {known}; choose another --source, or --zfs none"
+    )]
+    ZfsMismatch {
+        /// The kernel's version.
+        kernel: String,
+        /// Releases, with the kernels that they are for.
+        known: String,
+    },
     /// A file is not what it should be.
     #[error("{} has the SHA-256 {found}, and {expected} was expected: it is damaged or was tampered with", path.display())]
     Checksum {

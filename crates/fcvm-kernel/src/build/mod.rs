@@ -5,6 +5,7 @@
 //! answers  a profile from the few questions that a person can answer
 //! source   Debian's packages, a directory, an archive, a repository
 //! resolve  the source's own Kconfig makes a configuration of it; what got lost is an error
+//! zfs      OpenZFS added to a source, where the profile asks for it
 //! builder  make, with a cache by content; store keeps what came of it
 //! deb      a host's kernel as a Debian package
 //! ```
@@ -22,6 +23,7 @@ mod profile;
 mod resolve;
 mod source;
 mod store;
+mod zfs;
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -36,7 +38,11 @@ pub use process::{Make, check_tools};
 pub use profile::{KernelVersion, Origin, Profile, Request, Use};
 pub use resolve::{Differing, Lost, Resolved, difference, parse_config, resolve};
 pub use source::{Scope, Source, SourceSpec, fetch};
-pub use store::{BuiltKernel, BuiltSymbol, find, list, remove, select, selected};
+pub use store::{BuiltKernel, BuiltSymbol, BuiltZfs, find, list, remove, select, selected};
+pub use zfs::{
+    LICENCE_REMARK as ZFS_LICENCE_REMARK, Zfs, fetch as fetch_zfs,
+    version_for_suite as zfs_version_for_suite,
+};
 
 /// Result of configuring and building.
 pub type Result<T> = std::result::Result<T, BuildError>;

@@ -30,7 +30,7 @@ const PARTS: [(&str, &str); 6] = [
         "hardening",
         include_str!("../../profiles/parts/hardening.toml"),
     ),
-    ("zfs", include_str!("../../profiles/parts/zfs.toml")),
+    (ZFS_PART, include_str!("../../profiles/parts/zfs.toml")),
     (
         "no-guests",
         include_str!("../../profiles/parts/no-guests.toml"),
@@ -48,6 +48,10 @@ const PARTS: [(&str, &str); 6] = [
         include_str!("../../profiles/parts/virtual-hardware.toml"),
     ),
 ];
+/// What OpenZFS asks of a kernel, and itself.
+const ZFS_PART: &str = "zfs";
+/// The symbol that has OpenZFS built in.
+const ZFS_SYMBOL: &str = "ZFS";
 /// Profiles included in one another.
 const DEPTH_MAX: usize = 8;
 /// Largest profile or fragment.
@@ -71,6 +75,13 @@ pub struct KernelVersion {
     pub major: u32,
     /// As in 6.1.192: 1.
     pub minor: u32,
+}
+
+impl KernelVersion {
+    /// As in 6.1: 6 and 1.
+    pub const fn new(major: u32, minor: u32) -> Self {
+        Self { major, minor }
+    }
 }
 
 impl FromStr for KernelVersion {
@@ -191,6 +202,8 @@ pub struct Profile {
     /// What the kernel is for.
     pub used_for: Use,
     requests: BTreeMap<String, Request>,
+    /// OpenZFS is built in, or not, against the profile's own word.
+    zfs_chosen: Option<bool>,
 }
 
 impl Profile {
@@ -212,6 +225,7 @@ impl Profile {
             summary: String::new(),
             used_for: Use::Guest,
             requests: BTreeMap::new(),
+            zfs_chosen: None,
         };
         profile.include(name, 0)?;
         if is_file(name) {
@@ -274,6 +288,43 @@ impl Profile {
             }
         }
         Ok(())
+    }
+
+    /// Has OpenZFS built in, or not, whatever the profile says. What it asks of a kernel stays.
+    ///
+    /// # Errors
+    /// [`BuildError::Profile`] is an error in this program.
+    pub fn set_zfs(&mut self, built_in: bool) -> Result<()> {
+        match (built_in, self.has_zfs()) {
+            (true, false) => {
+                self.zfs_chosen = Some(true);
+                let summary = std::mem::take(&mut self.summary);
+                self.include(ZFS_PART, 1)?;
+                self.summary = summary;
+            }
+            (false, true) => {
+                self.zfs_chosen = Some(false);
+                self.requests.remove(ZFS_SYMBOL);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What kernels of it are called: its name, and what was chosen against its own word.
+    pub fn kernel_name(&self) -> String {
+        match self.zfs_chosen {
+            None => self.name.clone(),
+            Some(true) => format!("{}-with-zfs", self.name),
+            Some(false) => format!("{}-without-zfs", self.name),
+        }
+    }
+
+    /// True where OpenZFS is to be built in.
+    pub fn has_zfs(&self) -> bool {
+        self.requests
+            .get(ZFS_SYMBOL)
+            .is_some_and(|request| request.value == "y")
     }
 
     /// All requests, whatever the version, by section and name.

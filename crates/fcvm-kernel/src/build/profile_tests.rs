@@ -124,3 +124,32 @@ proptest! {
         let _ = Profile::load("guest-min").unwrap().add_fragment("x", &text);
     }
 }
+
+#[test]
+fn zfs_can_be_chosen_against_the_profiles_word_and_shows_in_the_name() {
+    let mut profile = Profile::load("guest-min").unwrap();
+    profile.set_zfs(false).unwrap();
+    assert_eq!(
+        (profile.kernel_name().as_str(), profile.has_zfs()),
+        ("guest-min", false)
+    );
+    profile.set_zfs(true).unwrap();
+    assert_eq!(
+        (profile.kernel_name().as_str(), profile.has_zfs()),
+        ("guest-min-with-zfs", true)
+    );
+    assert!(
+        profile
+            .requests()
+            .any(|request| request.symbol == "ZLIB_DEFLATE")
+    );
+    let mut profile = Profile::load("guest-zfs").unwrap();
+    assert!(profile.has_zfs());
+    profile.set_zfs(true).unwrap();
+    assert_eq!(profile.kernel_name(), "guest-zfs");
+    profile.set_zfs(false).unwrap();
+    assert_eq!(
+        (profile.kernel_name().as_str(), profile.has_zfs()),
+        ("guest-zfs-without-zfs", false)
+    );
+}

@@ -9,6 +9,7 @@ use super::kconfig::Tree;
 use super::process::{Make, fetch_output};
 use super::profile::{Origin, Profile, Request, parse_line};
 use super::source::Source;
+use super::zfs;
 use super::{BuildError, Result};
 use crate::files;
 
@@ -49,8 +50,12 @@ pub struct Resolved {
 /// the configuration programs for the next time).
 ///
 /// # Errors
-/// [`BuildError::Missing`], [`BuildError::Failed`], [`BuildError::File`].
+/// [`BuildError::Missing`], [`BuildError::Failed`], [`BuildError::File`]; [`BuildError::ZfsMismatch`] and
+/// [`BuildError::Options`] where OpenZFS is to be built in and cannot be.
 pub fn resolve(source: &Source, profile: &Profile, output: &Path, make: &Make) -> Result<Resolved> {
+    if profile.has_zfs() {
+        zfs::declare(source)?;
+    }
     let tree = Tree::read(&source.tree, "x86")?;
     let mut requests = profile.for_version(source.version);
     for request in &mut requests {

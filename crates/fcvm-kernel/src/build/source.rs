@@ -9,7 +9,7 @@ use std::str::FromStr;
 use super::process::fetch_output;
 use super::profile::{KernelVersion, is_name};
 use super::{BuildError, Result};
-use crate::debian::Apt;
+use crate::debian::{Apt, Candidate};
 use crate::files;
 use crate::progress::{Progress, SetupEvent, SetupStage};
 use crate::vmlinux::Architecture;
@@ -242,40 +242,93 @@ fn debian(
         .iter()
         .find(|(known, _)| *known == version)
         .map_or("sid", |(_, suite)| *suite);
-    let apt_directory = directory.join("apt").join(suite);
-    let apt = Apt::with_sources(&apt_directory, Architecture::X86_64, &apt_sources(suite))?;
-    // What is there is used until lists are fetched again; without the network, for ever.
-    if !apt.lists_are_fresh()
-        && let Err(error) = apt.update(progress)
-    {
-        match newest(directory, &package, scope) {
-            Some((id, tree)) => {
-                tracing::warn!("{error}; {id} is used, which is there");
-                return read(spec, tree, id, true);
-            }
-            None => return Err(error.into()),
-        }
-    }
-    let candidate = apt.package(&package)?;
-    let id = format!("{package}_{}", candidate.version().replace(':', "_"));
-    if let Some(tree) = existing(directory, &id, scope) {
-        return read(spec, tree, id, true);
-    }
-    let fetched = apt.fetch_candidate(&candidate, progress)?;
-    progress(SetupEvent::start(SetupStage::Unpack, id.clone()));
+    let there = |id: &str| existing(directory, id, scope);
+    let offer = match newest_package(directory, suite, &package, &there, progress)? {
+        Offer::There { id, tree } => return read(spec, tree, id, true),
+        Offer::Fetch(offer) => offer,
+    };
+    let fetched = offer.fetch(progress)?;
+    progress(SetupEvent::start(SetupStage::Unpack, offer.id.clone()));
     let staging = files::partial_dir(directory)?;
     let archive = staging.path().join("source.tar.xz");
     let member = format!("./usr/src/{package}.tar.xz");
-    extract_member(&fetched.path, &member, &archive)?;
-    let tree = unpack(directory, staging.path(), &archive, &id, scope)?;
+    extract_member(&fetched, &member, &archive)?;
+    let tree = unpack(directory, staging.path(), &archive, &offer.id, scope)?;
     if scope == Scope::Whole {
-        files::remove(&fetched.path)?;
+        files::remove(&fetched)?;
     }
-    read(spec, tree, id, true)
+    read(spec, tree, offer.id, true)
 }
 
-/// The newest source of a package that is there.
-fn newest(directory: &Path, package: &str, scope: Scope) -> Option<(String, PathBuf)> {
+/// What there is of a package of Debian's.
+pub(crate) enum Offer {
+    /// Its newest version is unpacked.
+    There {
+        /// Package and version.
+        id: String,
+        /// Where.
+        tree: PathBuf,
+    },
+    /// It can be fetched.
+    Fetch(Fetchable),
+}
+
+/// A package that can be fetched.
+pub(crate) struct Fetchable {
+    /// Package and version.
+    pub(crate) id: String,
+    apt: Apt,
+    candidate: Candidate,
+}
+
+impl Fetchable {
+    /// Fetches it; the file is the caller's to remove.
+    pub(crate) fn fetch(&self, progress: Progress<'_>) -> Result<PathBuf> {
+        Ok(self.apt.fetch_candidate(&self.candidate, progress)?.path)
+    }
+}
+
+/// The newest version of a package in a suite; `there` tells where a version is unpacked.
+///
+/// Lists are fetched once a day. Without the network, what is there is used for ever.
+pub(crate) fn newest_package(
+    directory: &Path,
+    suite: &str,
+    package: &str,
+    there: &dyn Fn(&str) -> Option<PathBuf>,
+    progress: Progress<'_>,
+) -> Result<Offer> {
+    let apt_directory = directory.join("apt").join(suite);
+    let apt = Apt::with_sources(&apt_directory, Architecture::X86_64, &apt_sources(suite))?;
+    let mut known = apt.package(package);
+    if (known.is_err() || !apt.lists_are_fresh())
+        && let Err(error) = apt.update(progress)
+    {
+        return match newest(directory, package, there) {
+            Some((id, tree)) => {
+                tracing::warn!("{error}; {id} is used, which is there");
+                Ok(Offer::There { id, tree })
+            }
+            None => Err(error.into()),
+        };
+    }
+    if known.is_err() {
+        known = apt.package(package);
+    }
+    let candidate = known?;
+    let id = format!("{package}_{}", candidate.version().replace(':', "_"));
+    Ok(match there(&id) {
+        Some(tree) => Offer::There { id, tree },
+        None => Offer::Fetch(Fetchable { id, apt, candidate }),
+    })
+}
+
+/// The newest version of a package that is there.
+fn newest(
+    directory: &Path,
+    package: &str,
+    there: &dyn Fn(&str) -> Option<PathBuf>,
+) -> Option<(String, PathBuf)> {
     let prefix = format!("{package}_");
     let mut found: Vec<_> = files::entries(directory)
         .ok()?
@@ -286,7 +339,7 @@ fn newest(directory: &Path, package: &str, scope: Scope) -> Option<(String, Path
             id.starts_with(&prefix).then(|| id.to_owned())
         })
         .filter_map(|id| {
-            let tree = existing(directory, &id, scope)?;
+            let tree = there(&id)?;
             let time = fs::metadata(&tree).ok()?.modified().ok()?;
             Some((time, id, tree))
         })
@@ -295,9 +348,18 @@ fn newest(directory: &Path, package: &str, scope: Scope) -> Option<(String, Path
     found.pop().map(|(_, id, tree)| (id, tree))
 }
 
+/// The directory that holds a source's tree, and what is kept beside it.
+pub(crate) fn directory(source: &Source) -> Result<&Path> {
+    source
+        .tree
+        .parent()
+        .filter(|_| source.is_fixed)
+        .ok_or_else(|| BuildError::Options(format!("{} is not changed", source.tree.display())))
+}
+
 fn apt_sources(suite: &str) -> String {
     let line = |archive: &str, suite: &str| {
-        format!("deb [signed-by={KEYRING}] {MIRROR}/{archive} {suite} main\n")
+        format!("deb [signed-by={KEYRING}] {MIRROR}/{archive} {suite} main contrib\n")
     };
     match suite {
         "sid" => line("debian", suite),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::builder::{Plan, strip};
 use super::profile::{Use, is_name};
+use super::zfs;
 use super::{BuildError, Directories, Result};
 use crate::KernelError;
 use crate::files;
@@ -41,6 +42,15 @@ pub struct BuiltSymbol {
     pub replaced: Option<String>,
 }
 
+/// OpenZFS in a built kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuiltZfs {
+    /// Its version: userland of the same is to be used with it.
+    pub version: String,
+    /// Debian's package and its version.
+    pub package: String,
+}
+
 /// A built kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BuiltKernel {
@@ -60,6 +70,9 @@ pub struct BuiltKernel {
     pub source_id: String,
     /// As `uname -r` prints it.
     pub release: String,
+    /// OpenZFS, where it was built in.
+    #[serde(default)]
+    pub zfs: Option<BuiltZfs>,
     /// The compiler.
     pub compiler: String,
     /// The processor it was built for, where one was named.
@@ -115,6 +128,12 @@ impl BuiltKernel {
         Ok(())
     }
 
+    /// True where OpenZFS was built in, from wherever it came.
+    pub fn has_zfs(&self) -> bool {
+        let is_it = |line: &BuiltSymbol| line.symbol == "ZFS" && line.result == "y";
+        self.zfs.is_some() || self.symbols.iter().any(is_it)
+    }
+
     /// The configuration's text.
     ///
     /// # Errors
@@ -146,6 +165,7 @@ impl BuiltKernel {
     /// As a guest's kernel: without modules.
     pub fn guest_kernel(&self) -> GuestKernel {
         GuestKernel {
+            zfs: self.zfs.as_ref().map(|zfs| zfs.version.clone()),
             version: self.release.clone(),
             package: Some(format!("{} ({})", self.name, self.source)),
             architecture: Architecture::X86_64,
@@ -180,13 +200,17 @@ pub(crate) fn put(
         version: VERSION,
         name: plan.name.clone(),
         key: plan.key.clone(),
-        profile: plan.profile.name.clone(),
+        profile: plan.profile.kernel_name(),
         used_for: plan.profile.used_for,
         source: plan.source.spec.to_string(),
         source_id: plan.source.id.clone(),
         release: found
             .release()
             .unwrap_or_else(|| plan.source.release.clone()),
+        zfs: plan.zfs.as_ref().map(|zfs| BuiltZfs {
+            version: zfs.version.clone(),
+            package: zfs.id.clone(),
+        }),
         compiler: plan
             .resolved
             .values
@@ -236,11 +260,17 @@ fn symbols(plan: &Plan) -> Vec<BuiltSymbol> {
 
 /// How many objects the last build of the same profile and source had.
 pub(crate) fn expected_objects(directories: &Directories, plan: &Plan) -> Option<u64> {
-    list(directories)
-        .ok()?
-        .into_iter()
-        .find(|kernel| kernel.profile == plan.profile.name && kernel.source_id == plan.source.id)
-        .map(|kernel| kernel.object_count)
+    let kernels = list(directories).ok()?;
+    let count = |profile: &str| {
+        let alike =
+            |kernel: &&BuiltKernel| kernel.profile == profile && kernel.source_id == plan.source.id;
+        kernels.iter().find(alike).map(|kernel| kernel.object_count)
+    };
+    let chosen = plan.profile.kernel_name();
+    count(&chosen).or_else(|| match plan.zfs {
+        Some(_) => Some(count(&plan.profile.name)? + zfs::OBJECT_COUNT),
+        None => None,
+    })
 }
 
 /// All built kernels that can be read, the newest first.

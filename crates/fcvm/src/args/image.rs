@@ -100,7 +100,7 @@ pub(crate) struct ImportArguments {
 /// `fcvm image bootstrap`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  fcvm image bootstrap debian:bookworm\n  fcvm image bootstrap debian:trixie --include curl,python3 --tag lab:1"
+    after_help = "Examples:\n  fcvm image bootstrap debian:bookworm\n  fcvm image bootstrap debian:trixie --include curl,python3 --tag lab:1\n  fcvm image bootstrap debian:trixie --zfs"
 )]
 pub(crate) struct BootstrapArguments {
     /// DISTRIBUTION:SUITE, for example debian:bookworm
@@ -108,6 +108,9 @@ pub(crate) struct BootstrapArguments {
     /// Packages to add
     #[arg(long, value_name = "PACKAGE,...", value_delimiter = ',')]
     pub(crate) include: Vec<String>,
+    /// Add OpenZFS's userland and zed, of the version that a built kernel has, or of this one
+    #[arg(long, value_name = "VERSION", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(crate) zfs: Option<String>,
     /// Name of the image [default: DISTRIBUTION:SUITE]
     #[arg(long, value_name = "NAME")]
     pub(crate) tag: Option<String>,

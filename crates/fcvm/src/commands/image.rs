@@ -283,6 +283,10 @@ fn bootstrap(context: &Context, arguments: &BootstrapArguments) -> anyhow::Resul
     };
     options.program = program;
     options.include.clone_from(&arguments.include);
+    options.zfs = match arguments.zfs.as_deref() {
+        Some("") => Some(super::kernel::build::zfs_for_suite(context, suite)?),
+        version => version.map(str::to_owned),
+    };
     options.sources.clone_from(&arguments.mirror);
     options.name = arguments
         .tag

@@ -72,6 +72,9 @@ pub(crate) struct ConfigInputs {
     /// Add the settings of a file; they may not contradict the profile
     #[arg(long, value_name = "FILE")]
     pub(crate) fragment: Vec<PathBuf>,
+    /// Build OpenZFS in, of the version that fits the source, or leave it out [default: as the profile says]
+    #[arg(long, value_enum)]
+    pub(crate) zfs: Option<ZfsChoice>,
     /// Optimise across files, with clang
     #[arg(long, value_enum, default_value = "none")]
     pub(crate) lto: LtoChoice,
@@ -129,9 +132,6 @@ pub(crate) struct AnswerArguments {
     /// A host's kernel: what it runs on [default: all]
     #[arg(long, value_enum, requires = "save_profile")]
     pub(crate) hardware: Option<HardwareChoice>,
-    /// Whether OpenZFS is to be built in [default: no]
-    #[arg(long, value_enum, value_name = "YES_OR_NO", requires = "save_profile")]
-    pub(crate) with_zfs: Option<YesNo>,
 }
 
 /// `--use`.
@@ -183,15 +183,6 @@ pub(crate) enum HardwareChoice {
     Virtual,
 }
 
-/// Yes or no.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum YesNo {
-    /// Yes
-    Yes,
-    /// No
-    No,
-}
-
 /// `fcvm kernel build`.
 #[derive(Debug, Args)]
 pub(crate) struct BuildArguments {
@@ -221,4 +212,13 @@ pub(crate) enum LtoChoice {
     Thin,
     /// Full: about 6 GB of memory
     Full,
+}
+
+/// `--zfs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ZfsChoice {
+    /// Built in
+    Builtin,
+    /// Left out
+    None,
 }

@@ -9,14 +9,18 @@ use fcvm_kernel::build::{Answers, Features, GuestMemory, Hardware, Prefer, Purpo
 
 use crate::args::kernel::build::{
     AnswerArguments, FeaturesChoice, GuestMemoryChoice, HardwareChoice, PreferChoice, UseChoice,
-    YesNo,
+    ZfsChoice,
 };
 
 /// Longest line that is read as an answer.
 const LINE_MAX_BYTES: u64 = 256;
 
 /// Writes the profile that the answers make to `path`, where nothing may be yet.
-pub(super) fn save(arguments: &AnswerArguments, path: &Path) -> anyhow::Result<()> {
+pub(super) fn save(
+    arguments: &AnswerArguments,
+    zfs: Option<ZfsChoice>,
+    path: &Path,
+) -> anyhow::Result<()> {
     // Before anybody is asked.
     if path.exists() {
         bail!(
@@ -33,7 +37,7 @@ pub(super) fn save(arguments: &AnswerArguments, path: &Path) -> anyhow::Result<(
         interactive: arguments.interactive,
         command: "fcvm kernel config".to_owned(),
     };
-    let answers = asked.answers(arguments)?;
+    let answers = asked.answers(arguments, zfs)?;
     let command = format!("{} --save-profile ./{name}.toml", asked.command);
     let text = answers.profile_text(name, &command)?;
     // Nobody else's file is written over.
@@ -51,7 +55,11 @@ struct Asked {
 }
 
 impl Asked {
-    fn answers(&mut self, given: &AnswerArguments) -> anyhow::Result<Answers> {
+    fn answers(
+        &mut self,
+        given: &AnswerArguments,
+        zfs: Option<ZfsChoice>,
+    ) -> anyhow::Result<Answers> {
         let used_for = self.ask(
             "use",
             "What is the kernel for?",
@@ -79,15 +87,10 @@ impl Asked {
                 self.host(given)?
             }
         };
-        let zfs = self.ask(
-            "with-zfs",
-            "Is OpenZFS to be built in?",
-            given.with_zfs,
-            YesNo::No,
-        )?;
+        let zfs = self.ask("zfs", "OpenZFS?", zfs, ZfsChoice::None)?;
         Ok(Answers {
             purpose,
-            zfs: zfs == YesNo::Yes,
+            zfs: zfs == ZfsChoice::Builtin,
         })
     }
 

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::args::Format;
 use crate::args::kernel::build::{
-    BuildArguments, ConfigArguments, ConfigInputs, LtoChoice, SourceCommand,
+    BuildArguments, ConfigArguments, ConfigInputs, LtoChoice, SourceCommand, ZfsChoice,
 };
 use crate::context::Context;
 use crate::output::{age, table};
@@ -63,6 +63,7 @@ pub(crate) fn build_default(context: &Context, profile: &str) -> anyhow::Result<
         source: "debian:6.1".to_owned(),
         set: Vec::new(),
         fragment: Vec::new(),
+        zfs: None,
         lto: LtoChoice::None,
     };
     build_kernel(
@@ -72,6 +73,12 @@ pub(crate) fn build_default(context: &Context, profile: &str) -> anyhow::Result<
         None,
         &mut Shown::new(false),
     )
+}
+
+/// The version of OpenZFS that an image of a suite needs for the kernels that are built.
+pub(crate) fn zfs_for_suite(context: &Context, suite: &str) -> anyhow::Result<String> {
+    let kernels = build::list(&directories(context))?;
+    Ok(build::zfs_version_for_suite(&kernels, suite)?)
 }
 
 fn lto(choice: LtoChoice) -> Lto {
@@ -85,6 +92,9 @@ fn lto(choice: LtoChoice) -> Lto {
 /// The profile with the user's changes.
 fn profile(inputs: &ConfigInputs) -> anyhow::Result<Profile> {
     let mut profile = Profile::load(&inputs.profile)?;
+    if let Some(choice) = inputs.zfs {
+        profile.set_zfs(choice == ZfsChoice::Builtin)?;
+    }
     for path in &inputs.fragment {
         let text = read_text(path)?;
         profile.add_fragment(&path.display().to_string(), &text)?;
@@ -174,7 +184,7 @@ fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
 fn config(context: &Context, arguments: &ConfigArguments) -> anyhow::Result<u8> {
     let mut inputs = arguments.inputs.clone();
     if let Some(path) = &arguments.answers.save_profile {
-        super::answers::save(&arguments.answers, path)?;
+        super::answers::save(&arguments.answers, inputs.zfs, path)?;
         inputs.profile = path.display().to_string();
     }
     let inputs = &inputs;
@@ -318,7 +328,18 @@ fn build_kernel(
     build::check_tools(&context.search_path, options.lto != Lto::None, &[], true)?;
     let source = fetch(context, inputs, Scope::Whole, shown)?;
     let directories = directories(context);
-    let plan = build::plan(&directories, source, profile, options)?;
+    let zfs = match profile.has_zfs() && source.is_fixed {
+        true => Some(build::fetch_zfs(
+            &directories.sources,
+            &source,
+            &mut |event| shown.event(&event),
+        )?),
+        false => None,
+    };
+    if profile.has_zfs() {
+        eprintln!("note: {}", build::ZFS_LICENCE_REMARK);
+    }
+    let plan = build::plan(&directories, source, zfs, profile, options)?;
     report(&plan.resolved);
     let kernel = build::build(&directories, &plan, &mut |event| shown.event(&event))?;
     shown.end();
@@ -385,6 +406,12 @@ fn show(kernel: &BuiltKernel, format: Format) -> anyhow::Result<()> {
     println!("release   {}", kernel.release);
     println!("source    {} ({})", kernel.source, kernel.source_id);
     println!("compiler  {}", kernel.compiler);
+    if let Some(zfs) = &kernel.zfs {
+        println!("OpenZFS   {} ({})", zfs.version, zfs.package);
+    }
+    if kernel.has_zfs() {
+        println!("licence   {}", build::ZFS_LICENCE_REMARK);
+    }
     println!(
         "vmlinux   {} ({vmlinux} bytes)",
         kernel.vmlinux_path().display()

@@ -2,12 +2,16 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
+use fcvm_image::bootstrap::ZFS_LABEL;
 use fcvm_image::{Image, StoreError};
+use fcvm_kernel::GuestKernel;
 
 use super::process::ImageProcess;
 use crate::args::run::{PullPolicy, StartArguments};
 use crate::commands::image::{PullSettings, pull_one, store};
 use crate::context::Context;
+use crate::errors::printable;
 use crate::progress::Shown;
 
 /// The image that the command line names.
@@ -39,6 +43,28 @@ pub(super) async fn resolve(
         Shown::new(false),
     )
     .await
+}
+
+/// Fails where an image was made for another OpenZFS than the kernel has.
+pub(super) fn check_zfs(image: &Image, kernel: &GuestKernel) -> anyhow::Result<()> {
+    let labels = image
+        .config
+        .config()
+        .as_ref()
+        .and_then(|config| config.labels().as_ref());
+    let Some(wanted) = labels.and_then(|labels| labels.get(ZFS_LABEL)) else {
+        return Ok(());
+    };
+    if kernel.zfs.as_ref() == Some(wanted) {
+        return Ok(());
+    }
+    bail!(
+        "the image was made for OpenZFS {} and the kernel {} has {}: name a kernel with it (--kernel guest-zfs; \
+         'fcvm kernel ls' lists them)",
+        printable(wanted),
+        kernel.version,
+        kernel.zfs.as_deref().unwrap_or("none that is known"),
+    )
 }
 
 /// The converted root image.

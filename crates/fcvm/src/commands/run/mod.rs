@@ -130,6 +130,7 @@ pub(super) async fn make_spec(
     let initramfs = super::setup::initramfs(context, &kernel)?;
     watch.lap("kernel");
     let image = image::resolve(context, &arguments.start).await?;
+    image::check_zfs(&image, &kernel)?;
     watch.lap("image");
     let root_image = image::root_image(context, &image)?;
     watch.lap("root image");
