@@ -1,6 +1,6 @@
 //! The byte stream to the host: frames in, frames out, neither of them ever waited for.
 //!
-//! A virtio-serial port today; whatever else carries the protocol later need only be a descriptor
+//! A virtio-serial port or a vsock connection: whatever carries the protocol need only be a descriptor
 //! that can be read, written and polled.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -54,5 +54,5 @@ fn start() -> Result<Server, Failure> {
     boot::load_modules();
     boot::enter_root()?;
     boot::harden();
-    Server::new(devices::open_agent_port(&events)?)
+    Server::new(devices::open_channel(&events)?)
 }

@@ -1,5 +1,5 @@
 //! The system calls for which the libraries have no safe form: clone, execve, signalfd, kill with any
-//! signal number. Raw calls and their safety reasons only; what they are used for is elsewhere.
+//! signal number, connecting over vsock. Raw calls and their safety reasons only; what they are used for is elsewhere.
 
 use std::ffi::{CStr, CString, c_char};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -191,5 +191,34 @@ pub(crate) fn close_rest_on_exec() {
             libc::c_uint::MAX,
             libc::CLOSE_RANGE_CLOEXEC,
         );
+    }
+}
+
+/// Connects to a port of the host over vsock(7).
+pub(crate) fn connect_host(port: u32) -> Result<OwnedFd, Errno> {
+    // SAFETY: socket takes three integers; what it returns, unless -1, is a descriptor of nobody else.
+    let socket = unsafe {
+        let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(last_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    // SAFETY: sockaddr_vm is a plain record of integers, for which zeroes are valid.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = libc::VMADDR_CID_HOST;
+    address.svm_port = port;
+    // SAFETY: the address is a whole sockaddr_vm, which outlives the call and is told with its size.
+    let connected = unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
+        )
+    };
+    match connected {
+        0 => Ok(socket),
+        _ => Err(last_error()),
     }
 }

@@ -29,7 +29,7 @@ pub use spec::{
     MemoryMapping, NetworkBackend, NetworkSpec,
 };
 pub use version::Version;
-pub use vm::{AgentChannel, ExitCause, VmEvent, VmExit};
+pub use vm::{AgentChannel, ExitCause, Hypervisor, HypervisorKind, Vm, VmEvent, VmExit};
 
 /// A hypervisor that starts VMs.
 pub trait Launch {

@@ -1,10 +1,140 @@
-//! What every hypervisor's VM tells of itself, and how it is reached.
+//! What every hypervisor's VM tells of itself, how it is reached, and a VM of any of them.
 
 use std::fmt;
 use std::io;
 
 use fcvm_process::HelperExit;
+use fcvm_types::record::ProcessIdentity;
+use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
+
+use crate::error::HypervisorError;
+use crate::firecracker::{Firecracker, FirecrackerVm};
+use crate::qemu::{Qemu, QemuVm};
+use crate::spec::LaunchSpec;
+use crate::{Launch, Pause};
+
+/// Which hypervisor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HypervisorKind {
+    /// QEMU's microvm machine.
+    #[default]
+    Qemu,
+    /// Firecracker.
+    Firecracker,
+}
+
+impl HypervisorKind {
+    /// `qemu` or `firecracker`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Firecracker => "firecracker",
+        }
+    }
+}
+
+impl fmt::Display for HypervisorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Any of the hypervisors.
+#[derive(Debug)]
+pub enum Hypervisor {
+    /// QEMU.
+    Qemu(Qemu),
+    /// Firecracker.
+    Firecracker(Firecracker),
+}
+
+impl Launch for Hypervisor {
+    type Vm = Vm;
+
+    async fn launch(&self, spec: LaunchSpec) -> Result<Vm, HypervisorError> {
+        Ok(match self {
+            Self::Qemu(qemu) => Vm::Qemu(qemu.launch(spec).await?),
+            Self::Firecracker(firecracker) => Vm::Firecracker(firecracker.launch(spec).await?),
+        })
+    }
+}
+
+/// A running VM of any of the hypervisors. Dropping it ends it.
+#[derive(Debug)]
+pub enum Vm {
+    /// QEMU's.
+    Qemu(QemuVm),
+    /// Firecracker's.
+    Firecracker(FirecrackerVm),
+}
+
+impl Vm {
+    /// Which hypervisor's it is; also the role of its process.
+    pub fn kind(&self) -> HypervisorKind {
+        match self {
+            Self::Qemu(_) => HypervisorKind::Qemu,
+            Self::Firecracker(_) => HypervisorKind::Firecracker,
+        }
+    }
+
+    /// The hypervisor's process id and start time.
+    pub fn identity(&self) -> ProcessIdentity {
+        match self {
+            Self::Qemu(vm) => vm.identity(),
+            Self::Firecracker(vm) => vm.identity(),
+        }
+    }
+
+    /// The owner's end of the agent channel; the first call gets it.
+    pub fn take_agent(&mut self) -> Option<AgentChannel> {
+        match self {
+            Self::Qemu(vm) => vm.take_agent().map(AgentChannel::Connected),
+            Self::Firecracker(vm) => vm.take_agent(),
+        }
+    }
+
+    /// The next event; `None` when there will be no more. May be cancelled without losing one.
+    pub async fn next_event(&self) -> Option<VmEvent> {
+        match self {
+            Self::Qemu(vm) => vm.next_event().await,
+            Self::Firecracker(vm) => vm.next_event().await,
+        }
+    }
+
+    /// Waits until the VM has ended. May be called again, cancelled and called by many.
+    pub async fn wait_exit(&self) -> VmExit {
+        match self {
+            Self::Qemu(vm) => vm.wait_exit().await,
+            Self::Firecracker(vm) => vm.wait_exit().await,
+        }
+    }
+
+    /// Ends the VM at once, as pulling the plug does.
+    pub fn kill(&self) {
+        match self {
+            Self::Qemu(vm) => vm.kill(),
+            Self::Firecracker(vm) => vm.kill(),
+        }
+    }
+}
+
+impl Pause for Vm {
+    async fn pause(&self) -> Result<(), HypervisorError> {
+        match self {
+            Self::Qemu(vm) => vm.pause().await,
+            Self::Firecracker(vm) => vm.pause().await,
+        }
+    }
+
+    async fn resume(&self) -> Result<(), HypervisorError> {
+        match self {
+            Self::Qemu(vm) => vm.resume().await,
+            Self::Firecracker(vm) => vm.resume().await,
+        }
+    }
+}
 
 /// Something that happened to a VM without being asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]

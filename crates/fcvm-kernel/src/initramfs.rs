@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use cpio::newc::{Builder, ModeFileType, trailer};
 
-use crate::manifest::GuestKernel;
+use crate::manifest::{GuestKernel, GuestModule};
 use crate::{KernelError, Result, agent, files};
 
 /// Part of the name of every archive, so that an archive of another layout is never taken.
@@ -28,6 +28,50 @@ const KEPT_COUNT: usize = 4;
 const AGENT_MAX_BYTES: usize = 32 << 20;
 /// Largest module, as in the modules' own limit.
 const MODULE_MAX_BYTES: usize = 64 << 20;
+/// Driver of the agent's channel under QEMU.
+const SERIAL_MODULE: &str = "virtio_console";
+/// Driver of the agent's channel under Firecracker.
+const VSOCK_MODULE: &str = "vmw_vsock_virtio_transport";
+
+/// The devices of a hypervisor, which need some of a kernel's modules and not others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Devices {
+    /// QEMU's microvm: the agent's channel is a virtio-serial port.
+    Qemu,
+    /// Firecracker: the agent's channel is a vsock connection, and there is a source of random numbers.
+    Firecracker,
+}
+
+impl Devices {
+    /// Modules that have no device.
+    fn unneeded(self) -> &'static [&'static str] {
+        match self {
+            Self::Qemu => &[
+                "vsock",
+                "vmw_vsock_virtio_transport_common",
+                VSOCK_MODULE,
+                "virtio_rng",
+            ],
+            Self::Firecracker => &[SERIAL_MODULE],
+        }
+    }
+
+    /// The modules to load.
+    fn modules(self, kernel: &GuestKernel) -> Result<Vec<&GuestModule>> {
+        let has = |name: &str| kernel.modules.iter().any(|module| module.name == name);
+        // Where neither is a module both are built in.
+        if self == Self::Firecracker && has(SERIAL_MODULE) && !has(VSOCK_MODULE) {
+            return Err(KernelError::ModuleMissing {
+                module: VSOCK_MODULE.to_owned(),
+                needed_by:
+                    "a guest of Firecracker ('fcvm setup kernel' adds it to the packaged kernel)"
+                        .to_owned(),
+            });
+        }
+        let needed = |module: &&GuestModule| !self.unneeded().contains(&module.name.as_str());
+        Ok(kernel.modules.iter().filter(needed).collect())
+    }
+}
 
 /// The initramfs of an agent and a kernel, made where `directory` does not have it yet.
 ///
@@ -36,17 +80,23 @@ const MODULE_MAX_BYTES: usize = 64 << 20;
 ///
 /// # Errors
 /// [`KernelError::Agent`] for a file that cannot be process 1, [`KernelError::File`].
-pub fn initramfs(directory: &Path, kernel: &GuestKernel, agent: &Path) -> Result<PathBuf> {
+pub fn initramfs(
+    directory: &Path,
+    kernel: &GuestKernel,
+    agent: &Path,
+    devices: Devices,
+) -> Result<PathBuf> {
     let program = read_agent(kernel, agent)?;
+    let modules = devices.modules(kernel)?;
     let mut content = format!("{LAYOUT_VERSION} {}\n", files::sha256_hex(&program));
-    for module in &kernel.modules {
+    for module in &modules {
         content.push_str(&format!("{} {}\n", module.name, module.sha256));
     }
     let name = format!("{}.cpio", files::sha256_hex(content.as_bytes()));
     let parent = directory.join("initramfs");
-    let size_bytes = archive_size_bytes(kernel, program.len() as u64);
+    let size_bytes = archive_size_bytes(&modules, program.len() as u64);
     files::cached(&parent, &name, size_bytes, KEPT_COUNT, || {
-        archive(kernel, &program)
+        archive(&modules, &program)
     })
 }
 
@@ -54,8 +104,8 @@ pub fn initramfs(directory: &Path, kernel: &GuestKernel, agent: &Path) -> Result
 ///
 /// # Errors
 /// As for [`initramfs`].
-pub fn initramfs_bytes(kernel: &GuestKernel, agent: &Path) -> Result<Vec<u8>> {
-    archive(kernel, &read_agent(kernel, agent)?)
+pub fn initramfs_bytes(kernel: &GuestKernel, agent: &Path, devices: Devices) -> Result<Vec<u8>> {
+    archive(&devices.modules(kernel)?, &read_agent(kernel, agent)?)
 }
 
 fn read_agent(kernel: &GuestKernel, path: &Path) -> Result<Vec<u8>> {
@@ -68,9 +118,9 @@ fn read_agent(kernel: &GuestKernel, path: &Path) -> Result<Vec<u8>> {
 }
 
 /// A module whose content is not the recorded one never gets into an archive.
-fn archive(kernel: &GuestKernel, program: &[u8]) -> Result<Vec<u8>> {
-    let mut modules = Vec::with_capacity(kernel.modules.len());
-    for module in &kernel.modules {
+fn archive(stored: &[&GuestModule], program: &[u8]) -> Result<Vec<u8>> {
+    let mut modules = Vec::with_capacity(stored.len());
+    for module in stored {
         let bytes = files::read_bounded(&module.path, MODULE_MAX_BYTES)?;
         if files::sha256_hex(&bytes) != module.sha256 {
             return Err(KernelError::Damaged {
@@ -80,7 +130,7 @@ fn archive(kernel: &GuestKernel, program: &[u8]) -> Result<Vec<u8>> {
         }
         modules.push((module_path(&module.name), bytes));
     }
-    let list = list(kernel);
+    let list = list(stored);
     let mut archive = Archive::default();
     let members = || -> io::Result<Vec<u8>> {
         archive.directory("dev")?;
@@ -99,7 +149,7 @@ fn archive(kernel: &GuestKernel, program: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// Size of what [`archive`] makes: a cached archive of another size is damaged.
-fn archive_size_bytes(kernel: &GuestKernel, program_bytes: u64) -> u64 {
+fn archive_size_bytes(stored: &[&GuestModule], program_bytes: u64) -> u64 {
     const HEADER_BYTES: u64 = 110;
     // The name ends with a NUL byte; name and content are padded to four bytes each.
     let member = |name: &str, content_bytes: u64| {
@@ -107,13 +157,12 @@ fn archive_size_bytes(kernel: &GuestKernel, program_bytes: u64) -> u64 {
             + content_bytes.next_multiple_of(4)
     };
     let empty = ["dev", "dev/console", "proc", "sys", "modules", "TRAILER!!!"];
-    let modules = kernel
-        .modules
+    let modules = stored
         .iter()
         .map(|module| member(&module_path(&module.name), module.size_bytes));
     empty.iter().map(|name| member(name, 0)).sum::<u64>()
         + modules.sum::<u64>()
-        + member("modules/list", list(kernel).len() as u64)
+        + member("modules/list", list(stored).len() as u64)
         + member("init", program_bytes)
 }
 
@@ -121,9 +170,8 @@ fn module_path(name: &str) -> String {
     format!("modules/{name}.ko")
 }
 
-fn list(kernel: &GuestKernel) -> String {
-    kernel
-        .modules
+fn list(modules: &[&GuestModule]) -> String {
+    modules
         .iter()
         .map(|module| format!("{}.ko\n", module.name))
         .collect()

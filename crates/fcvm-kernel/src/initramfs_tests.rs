@@ -4,7 +4,6 @@ use std::fs;
 use std::process::{Command, Stdio};
 
 use super::*;
-use crate::manifest::GuestModule;
 use crate::vmlinux::Architecture;
 
 /// An ELF header and one program header of the given type, for x86-64.
@@ -52,10 +51,14 @@ fn members_are_in_order_and_the_same_every_time() {
     let kernel = kernel(directory.path());
     let agent = directory.path().join("agent");
     fs::write(&agent, program(PT_LOAD)).unwrap();
-    let first = initramfs(directory.path(), &kernel, &agent).unwrap();
+    let first = initramfs(directory.path(), &kernel, &agent, Devices::Qemu).unwrap();
     let bytes = fs::read(&first).unwrap();
-    assert_eq!(bytes, initramfs_bytes(&kernel, &agent).unwrap());
-    assert_eq!(bytes.len() as u64, archive_size_bytes(&kernel, 64 + 56));
+    let modules: Vec<&GuestModule> = kernel.modules.iter().collect();
+    assert_eq!(
+        bytes,
+        initramfs_bytes(&kernel, &agent, Devices::Qemu).unwrap()
+    );
+    assert_eq!(bytes.len() as u64, archive_size_bytes(&modules, 64 + 56));
 
     let mut members = Vec::new();
     let mut rest = bytes.as_slice();
@@ -94,7 +97,7 @@ fn the_real_cpio_reads_it() {
     let kernel = kernel(directory.path());
     let agent = directory.path().join("agent");
     fs::write(&agent, program(PT_LOAD)).unwrap();
-    let archive = initramfs(directory.path(), &kernel, &agent).unwrap();
+    let archive = initramfs(directory.path(), &kernel, &agent, Devices::Qemu).unwrap();
     let output = Command::new("cpio")
         .args(["--list", "--verbose", "--quiet", "--numeric-uid-gid"])
         .stdin(Stdio::from(fs::File::open(archive).unwrap()))
@@ -125,10 +128,13 @@ fn archives_are_cached_by_content_and_few_are_kept() {
     let kernel = kernel(directory.path());
     let agent = directory.path().join("agent");
     fs::write(&agent, program(PT_LOAD)).unwrap();
-    let first = initramfs(directory.path(), &kernel, &agent).unwrap();
+    let first = initramfs(directory.path(), &kernel, &agent, Devices::Qemu).unwrap();
     // A cut archive is made anew.
     fs::write(&first, "cut").unwrap();
-    assert_eq!(initramfs(directory.path(), &kernel, &agent).unwrap(), first);
+    assert_eq!(
+        initramfs(directory.path(), &kernel, &agent, Devices::Qemu).unwrap(),
+        first
+    );
     assert!(fs::metadata(&first).unwrap().len() > 100);
 
     let mut last = first.clone();
@@ -136,7 +142,7 @@ fn archives_are_cached_by_content_and_few_are_kept() {
         let mut bytes = program(PT_LOAD);
         bytes.push(count);
         fs::write(&agent, bytes).unwrap();
-        let archive = initramfs(directory.path(), &kernel, &agent).unwrap();
+        let archive = initramfs(directory.path(), &kernel, &agent, Devices::Qemu).unwrap();
         assert_ne!(archive, last);
         last = archive;
     }
@@ -162,13 +168,13 @@ fn programs_that_cannot_be_process_1_are_refused() {
         (b"#!/bin/sh\n".to_vec(), "not a 64-bit ELF program"),
     ] {
         fs::write(&agent, bytes).unwrap();
-        let error = initramfs(directory.path(), &kernel, &agent)
+        let error = initramfs(directory.path(), &kernel, &agent, Devices::Qemu)
             .unwrap_err()
             .to_string();
         assert!(error.contains(reason) && !error.contains('\n'), "{error}");
     }
     let missing = directory.path().join("missing");
-    let error = initramfs(directory.path(), &kernel, &missing).unwrap_err();
+    let error = initramfs(directory.path(), &kernel, &missing, Devices::Qemu).unwrap_err();
     assert!(
         matches!(error, KernelError::File { action: "read", .. }),
         "{error}"
@@ -182,6 +188,51 @@ fn a_changed_module_is_not_packed() {
     let agent = directory.path().join("agent");
     fs::write(&agent, program(PT_LOAD)).unwrap();
     fs::write(&kernel.modules[1].path, "other").unwrap();
-    let error = initramfs(directory.path(), &kernel, &agent).unwrap_err();
+    let error = initramfs(directory.path(), &kernel, &agent, Devices::Qemu).unwrap_err();
     assert!(matches!(error, KernelError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn each_hypervisor_gets_the_modules_of_its_devices() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut kernel = kernel(directory.path());
+    let one = kernel.modules[0].clone();
+    let named = |names: &[&str]| -> Vec<GuestModule> {
+        names
+            .iter()
+            .map(|name| GuestModule {
+                name: (*name).to_owned(),
+                ..one.clone()
+            })
+            .collect()
+    };
+    let names = |devices: Devices, kernel: &GuestKernel| -> Vec<String> {
+        let modules = devices.modules(kernel).unwrap();
+        modules.iter().map(|module| module.name.clone()).collect()
+    };
+    let all = [
+        "virtio",
+        "virtio_console",
+        "vsock",
+        "vmw_vsock_virtio_transport_common",
+        "vmw_vsock_virtio_transport",
+        "virtio_rng",
+        "erofs",
+    ];
+    kernel.modules = named(&all);
+    assert_eq!(
+        names(Devices::Qemu, &kernel),
+        ["virtio", "virtio_console", "erofs"]
+    );
+    let mut without = all.to_vec();
+    without.remove(1);
+    assert_eq!(names(Devices::Firecracker, &kernel), without);
+
+    // One that was made ready before there was a second hypervisor.
+    kernel.modules = named(&all[..2]);
+    let error = Devices::Firecracker.modules(&kernel).unwrap_err();
+    assert!(error.to_string().contains("fcvm setup kernel"), "{error}");
+    // One with everything built in.
+    kernel.modules = Vec::new();
+    assert!(names(Devices::Firecracker, &kernel).is_empty());
 }

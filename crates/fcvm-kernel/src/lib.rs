@@ -42,7 +42,7 @@ pub mod zpool;
 
 pub use custom::from_file;
 pub use error::KernelError;
-pub use initramfs::{initramfs, initramfs_bytes};
+pub use initramfs::{Devices, initramfs, initramfs_bytes};
 pub use manifest::{GuestKernel, GuestModule};
 pub use modules::module_dependencies;
 pub use progress::{SetupEvent, SetupStage};

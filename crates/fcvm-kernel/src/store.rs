@@ -13,14 +13,16 @@ use crate::progress::{Progress, SetupEvent, SetupStage};
 use crate::vmlinux::{self, Architecture};
 use crate::{KernelError, Result, debian, files, package};
 
-/// What a guest needs of its kernel: the microVM's bus, agent channel, disks, network, and the file
-/// systems of the root image, of the overlay on it and of the writable disk, in the order of
+/// What a guest needs of its kernel: the microVM's bus, agent channel (one of two), disks, network,
+/// random numbers, and the file systems of the root image, of the overlay on it and of the writable disk, in the order of
 /// docs/format/guest.md.
-pub const DEFAULT_MODULES: [&str; 7] = [
+pub const DEFAULT_MODULES: [&str; 9] = [
     "virtio_mmio",
     "virtio_console",
+    "vmw_vsock_virtio_transport",
     "virtio_blk",
     "virtio_net",
+    "virtio_rng",
     "erofs",
     "overlay",
     "ext4",

@@ -59,7 +59,9 @@ fn boots_the_fetched_kernel_with_its_modules() {
         println!("skipped: rustc cannot link static programs here");
         return;
     };
-    let initramfs = fcvm_kernel::initramfs(directory.path(), &kernel, &init).unwrap();
+    let initramfs =
+        fcvm_kernel::initramfs(directory.path(), &kernel, &init, fcvm_kernel::Devices::Qemu)
+            .unwrap();
     let Some(console) = boot(directory.path(), &kernel, &initramfs) else {
         println!("skipped: qemu-system-x86_64 is not installed");
         return;

@@ -50,6 +50,8 @@ pub(crate) struct Context {
     pub(crate) proxies: Proxies,
     /// Where programs are looked for.
     pub(crate) search_path: std::ffi::OsString,
+    /// Firecracker's program, where it is not to be looked for.
+    pub(crate) firecracker: Option<PathBuf>,
 }
 
 impl Context {
@@ -97,6 +99,7 @@ impl Context {
             credential_files: credential_files.into_iter().flatten().collect(),
             proxies: Proxies::from_environment(),
             search_path,
+            firecracker: variable("FCVM_FIRECRACKER_BIN"),
         })
     }
 

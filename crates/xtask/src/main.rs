@@ -1,12 +1,13 @@
-//! Checks as code: `cargo xtask check`, or one of its parts.
+//! Checks as code: `cargo xtask check`, or one of its parts; and `cargo xtask lab-test`.
 //!
-//! None of them needs the network. Each failure is a line `file:line: what is wrong`; any line makes
+//! None of the checks needs the network. Each failure is a line `file:line: what is wrong`; any line makes
 //! the exit code 1. What can be left to rustc, clippy and rustfmt is left to them.
 
 #![forbid(unsafe_code)]
 
 mod advisories;
 mod dependencies;
+mod lab;
 mod licences;
 mod links;
 mod lock_file;
@@ -31,6 +32,7 @@ usage: cargo xtask COMMAND
   check-licences           licences and sources of dependencies against deny.toml
   check-advisories         Cargo.lock against crates/xtask/data/advisories.toml
   check-tidy               file and function lengths, module comments, links, paths
+  lab-test                 fcvm on Firecracker and on QEMU with KVM, in an emulated machine that has KVM
   update-advisories DIR    write that file anew from a checkout of RustSec's advisory-db";
 
 fn main() -> ExitCode {
@@ -59,6 +61,11 @@ fn run(arguments: &[String]) -> anyhow::Result<Vec<Finding>> {
         ["check-licences"] => check_licences(&root),
         ["check-advisories"] => check_advisories(&root),
         ["check-tidy"] => tidy::check(&root),
+        ["lab-test"] => {
+            let target = metadata(&root)?.target_directory;
+            lab::test(target.as_std_path())?;
+            Ok(Vec::new())
+        }
         ["update-advisories", directory] => {
             let count = advisories::update(&root, Path::new(directory))?;
             println!("{count} advisories written");

@@ -23,7 +23,7 @@ const FOREIGN_VERSION: Version = Version {
 const SOUGHT: Sought = Sought {
     hypervisor: NAME,
     name: "firecracker",
-    advice: "put a release binary of it into the PATH, or name it in FCVM_FIRECRACKER_BIN",
+    advice: "'fcvm setup firecracker' fetches it, and FCVM_FIRECRACKER_BIN names one that is there",
     architecture: "their processors need another configuration of Firecracker",
 };
 

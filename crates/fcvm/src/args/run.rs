@@ -220,11 +220,11 @@ pub(crate) enum NetworkMode {
 /// `--hypervisor`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 pub(crate) enum HypervisorChoice {
-    /// The best that works here
+    /// QEMU, which has everything of this version
     Auto,
     /// QEMU microvm
     Qemu,
-    /// Firecracker (not in this version)
+    /// Firecracker: with KVM; no network, forks or snapshots yet
     Firecracker,
 }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
+use fcvm_hypervisor::HypervisorError;
 use fcvm_types::ByteSize;
 use serde::Serialize;
 
@@ -194,14 +195,30 @@ fn qemu(context: &Context) -> Finding {
 }
 
 fn firecracker(context: &Context) -> Finding {
-    match context.find_program("firecracker") {
-        Some(path) => Finding::ok(
-            "firecracker",
-            path.display().to_string(),
-            "not used by this version",
+    const CHECK: &str = "firecracker";
+    const USE: &str = "--hypervisor firecracker, with KVM";
+    let located = crate::owner::firecracker(context, &context.runtime_dir);
+    let found = located.and_then(|firecracker| {
+        let version = firecracker.check_version()?;
+        Ok(format!("{version} at {}", firecracker.program().display()))
+    });
+    match found {
+        Ok(found) => Finding::ok(CHECK, found, USE),
+        Err(error) if is_absent(&error) && context.firecracker.is_none() => {
+            Finding::ok(CHECK, "none", USE)
+        }
+        Err(error) => Finding::lacking(
+            CHECK,
+            Verdict::Limited,
+            "not usable",
+            &format!("{error:#}"),
+            "",
         ),
-        None => Finding::ok("firecracker", "none", "not used by this version"),
     }
+}
+
+fn is_absent(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(HypervisorError::NotFound { .. }))
 }
 
 fn host_kernel() -> Finding {

@@ -5,10 +5,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use fcvm_hypervisor::HypervisorKind;
 use fcvm_hypervisor::firecracker::release::{self, ReleaseOptions};
 use fcvm_hypervisor::probe::{HostProbe, probe_host};
 use fcvm_kernel::build::{self, BuildError};
-use fcvm_kernel::{Architecture, GuestKernel, SetupEvent, SetupOptions};
+use fcvm_kernel::{Architecture, Devices, GuestKernel, SetupEvent, SetupOptions};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::Format;
@@ -42,7 +43,7 @@ pub(crate) async fn run(context: &Context, arguments: SetupArguments) -> anyhow:
 }
 
 /// Where releases of Firecracker are.
-fn firecracker_directory(context: &Context) -> PathBuf {
+pub(crate) fn firecracker_directory(context: &Context) -> PathBuf {
     context.data_dir.join("firecracker")
 }
 
@@ -98,7 +99,7 @@ fn kernel(context: &Context, force: bool, profile: Option<&str>) -> anyhow::Resu
         Some(kernel) => kernel,
         None => packaged(context, force)?,
     };
-    let initramfs = initramfs(context, &kernel)?;
+    let initramfs = initramfs(context, &kernel, HypervisorKind::default())?;
     let package = kernel
         .package
         .as_deref()
@@ -106,9 +107,8 @@ fn kernel(context: &Context, force: bool, profile: Option<&str>) -> anyhow::Resu
     println!("Guest kernel {}{package}", kernel.version);
     println!("  kernel     {}", kernel.vmlinux.display());
     println!(
-        "  initramfs  {} ({} modules and the agent)",
-        initramfs.display(),
-        kernel.modules.len()
+        "  initramfs  {} (the agent and its modules)",
+        initramfs.display()
     );
     Ok(())
 }
@@ -203,11 +203,20 @@ pub(crate) fn guest_kernel(context: &Context, own: Option<&Path>) -> anyhow::Res
 }
 
 /// The initramfs for a kernel, packed where it is not there yet.
-pub(crate) fn initramfs(context: &Context, kernel: &GuestKernel) -> anyhow::Result<PathBuf> {
+pub(crate) fn initramfs(
+    context: &Context,
+    kernel: &GuestKernel,
+    hypervisor: HypervisorKind,
+) -> anyhow::Result<PathBuf> {
+    let devices = match hypervisor {
+        HypervisorKind::Qemu => Devices::Qemu,
+        HypervisorKind::Firecracker => Devices::Firecracker,
+    };
     Ok(fcvm_kernel::initramfs(
         &kernels(context),
         kernel,
         &context.agent_binary()?,
+        devices,
     )?)
 }
 

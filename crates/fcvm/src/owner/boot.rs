@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use fcvm_hypervisor::{AgentChannel, Vm};
 use fcvm_types::guest::GuestPlan;
 use fcvm_types::record::VmState;
 use fcvm_wire::{FrameKind, Opened, Outcome, Request};
@@ -29,11 +30,11 @@ pub(super) async fn build(
         console,
     } = machine::assemble(context, spec, entry, watch).await?;
     entry.update(|record| record.state = VmState::Booting)?;
-    let socket = machine
+    let channel = machine
         .take_agent()
         .context("the hypervisor gives no channel to the agent")?;
     let console_log = entry.paths.console_log();
-    let first_word = first_word(&machine, socket, spec.boot_timeout, &console_log);
+    let first_word = first_word(&machine, channel, spec.boot_timeout, &console_log);
     // The network starts while the guest boots; where it does not, the boot is not waited for.
     let ready = async { Ok(network.ready().await?) };
     let (link, ()) = tokio::try_join!(first_word, ready)?;
@@ -71,13 +72,20 @@ pub(super) async fn build(
 
 /// Waits for the agent's first word.
 async fn first_word(
-    machine: &fcvm_hypervisor::qemu::QemuVm,
-    socket: tokio::net::UnixStream,
+    machine: &Vm,
+    channel: AgentChannel,
     limit: Duration,
     console_log: &std::path::Path,
 ) -> anyhow::Result<AgentLink> {
     let failure = |what: &str| machine::boot_failure(what, console_log);
-    let established = tokio::time::timeout(limit, AgentLink::establish(socket));
+    let establish = async {
+        let socket = channel
+            .connected()
+            .await
+            .context("the agent's channel fails")?;
+        AgentLink::establish(socket).await
+    };
+    let established = tokio::time::timeout(limit, establish);
     let ended = tokio::select! {
         link = established => match link {
             Ok(Ok(link)) => return Ok(link),

@@ -9,8 +9,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::Pause;
 use fcvm_hypervisor::qemu::QemuVm;
+use fcvm_hypervisor::{Pause, Vm};
 use fcvm_memory::{GuestMapping, PageFile};
 use fcvm_storage::FrozenDisk;
 use fcvm_types::guest::{ClonePlan, ExitStatus};
@@ -194,7 +194,7 @@ impl Loaded {
             console,
         } = common;
         Ok(Built {
-            machine,
+            machine: Vm::Qemu(machine),
             foundation,
             network,
             link,

@@ -14,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::control::check_socket_path;
 use super::reserve::Reserve;
+use super::slot::qemu;
 use super::vm::RunningVm;
 use crate::commands::clones::Spare;
 use crate::handover::Handover;
@@ -234,7 +235,7 @@ async fn fork(
     mut waiting: Vec<Handover>,
     channels: Vec<Handover>,
 ) -> anyhow::Result<()> {
-    let device_line = vm.machine.get().device_line().clone();
+    let device_line = qemu(&vm.machine.get())?.device_line().clone();
     let offer = |template: &Template| {
         for channel in &channels {
             // One whose owner has ended is found out below.

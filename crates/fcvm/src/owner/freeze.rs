@@ -16,7 +16,8 @@ use anyhow::{Context as _, bail};
 use fcvm_hypervisor::qemu::{DeviceState, QemuStandby, QemuVm};
 use fcvm_hypervisor::spec::TRANSLATION_CACHE_BOOT;
 use fcvm_hypervisor::{
-    GuestMemory, HypervisorError, MemoryMapping, NetworkBackend, NetworkSpec, Pause, SaveState,
+    GuestMemory, HypervisorError, HypervisorKind, MemoryMapping, NetworkBackend, NetworkSpec,
+    Pause, SaveState, Vm,
 };
 use fcvm_memory::page_file::{anonymous_file, seal, seal_ahead};
 use fcvm_memory::{CapturedPages, GuestMapping, PageFile};
@@ -25,7 +26,7 @@ use fcvm_storage::{BranchMethod, Disk, DiskStore, DiskUsage, FrozenDisk};
 use fcvm_types::record::{Resource, VmState};
 
 use super::fork::{Estimate, Usage};
-use super::machine::QEMU_ROLE;
+use super::slot::qemu;
 use super::vm::RunningVm;
 use crate::template::Template;
 
@@ -42,7 +43,7 @@ pub(super) struct Frozen {
     /// Microseconds of each stage; those up to `resume` are the pause.
     pub(super) timings_us: Vec<(String, u64)>,
     /// The process that the VM has left.
-    left: Option<Rc<QemuVm>>,
+    left: Option<Rc<Vm>>,
 }
 
 impl Frozen {
@@ -260,9 +261,10 @@ impl RunningVm {
         Ok(preparation)
     }
 
+    /// Nothing is frozen that does not run, or that its hypervisor cannot freeze.
     pub(super) fn check_running(&self) -> anyhow::Result<()> {
         match self.state() {
-            VmState::Running => Ok(()),
+            VmState::Running => qemu(&self.machine.get()).map(drop),
             VmState::Paused => bail!(self.paused()),
             _ => bail!("the VM is not running"),
         }
@@ -294,8 +296,8 @@ impl RunningVm {
             foundation.hardware(memory, network, scratch, TRANSLATION_CACHE_BOOT)?
         };
         let successor = foundation
-            .qemu
-            .prepare_successor(&self.machine.get(), hardware)
+            .qemu()?
+            .prepare_successor(qemu(&self.machine.get())?, hardware)
             .await
             .inspect_err(|_| self.disconnect(connection))?;
         Ok(Way::Succession {
@@ -333,7 +335,8 @@ impl RunningVm {
     }
 
     async fn freeze_running(&self, preparation: Preparation) -> anyhow::Result<Frozen> {
-        let machine = self.machine.get();
+        let present = self.machine.get();
+        let machine = qemu(&present)?;
         let mut watch = super::Stopwatch::new(Vec::new());
         // Neither side of the agent's channel moves while the guest's side is being saved.
         let held = self.link.hold();
@@ -348,21 +351,21 @@ impl RunningVm {
         let frozen = match stopped.await {
             Ok(unread) => {
                 watch.lap("stop");
-                let frozen = self.freeze_stopped(&machine, preparation, &mut watch).await;
+                let frozen = self.freeze_stopped(machine, preparation, &mut watch).await;
                 self.link.give_back(&unread)?;
                 frozen
             }
             Err(error) => Err(error),
         };
         if frozen.is_err() {
-            self.go_on(&machine).await;
+            self.go_on(&present).await;
         }
         drop(held);
         frozen
     }
 
     /// After a failure: lets the present machine go on, whichever it is.
-    async fn go_on(&self, machine: &QemuVm) {
+    async fn go_on(&self, machine: &Vm) {
         if let (Some(relay), Some(connection)) = (&self.network.relay, self.connection.get()) {
             // Ends the hold; the connection is there as long as its machine.
             let _ = relay.activate(connection);
@@ -446,7 +449,7 @@ impl RunningVm {
         connection: Option<ConnectionId>,
         state: &DeviceState,
         watch: &mut super::Stopwatch,
-    ) -> anyhow::Result<Rc<QemuVm>> {
+    ) -> anyhow::Result<Rc<Vm>> {
         let loaded = successor.load(state).await;
         let successor = loaded.inspect_err(|_| self.disconnect(connection))?;
         watch.lap("load");
@@ -473,7 +476,7 @@ impl RunningVm {
         self.update(|record| {
             for resource in &mut record.resources {
                 if let Resource::Process { identity: of, role } = resource
-                    && role == QEMU_ROLE
+                    && role == HypervisorKind::Qemu.name()
                 {
                     *of = identity;
                 }

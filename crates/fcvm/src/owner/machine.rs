@@ -6,20 +6,22 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::qemu::{Qemu, QemuStandby, QemuVm};
+use fcvm_hypervisor::firecracker::{Firecracker, release};
+use fcvm_hypervisor::qemu::{Qemu, QemuStandby};
 use fcvm_hypervisor::spec::{TRANSLATION_CACHE_BOOT, TRANSLATION_CACHE_CLONE};
 use fcvm_hypervisor::{
-    Accelerator, BootSpec, DiskFormat, DiskLayer, DiskSpec, GuestMemory, HardwareSpec, Launch,
-    LaunchSpec, NetworkBackend, NetworkSpec, RestoreState,
+    Accelerator, BootSpec, DiskFormat, DiskLayer, DiskSpec, GuestMemory, HardwareSpec, Hypervisor,
+    HypervisorKind, Launch, LaunchSpec, NetworkBackend, NetworkSpec, RestoreState, Vm,
 };
 use fcvm_network::{Attachment, Backend, HostResolver, HostRoutes, NetworkOptions};
 use fcvm_storage::{Disk, DiskStore, Layer, LayerFormat, ScratchStore};
 use fcvm_types::ByteSize;
 use fcvm_types::guest::{ROOT_DISK_SERIAL, SCRATCH_DISK_SERIAL};
-use fcvm_types::record::Resource;
+use fcvm_types::record::{ProcessIdentity, Resource};
 use rustix::pipe::PipeFlags;
 
 use super::log::{console_tail, spawn_console};
+use super::slot::NO_FORK;
 use super::spec::VmSpec;
 use super::{Entry, Stopwatch};
 use crate::args::run::{AcceleratorChoice, NetworkMode};
@@ -27,8 +29,8 @@ use crate::context::Context;
 use crate::disks::Disks;
 use crate::template::Template;
 
-/// Role of the hypervisor's process in the record.
-pub(super) const QEMU_ROLE: &str = "qemu";
+/// Name of the directory of the hypervisor's own sockets, below the VM's.
+const HYPERVISOR_DIRECTORY: &str = "vm";
 /// Lines of the console shown when a guest does not come up.
 const CONSOLE_LINES: usize = 5;
 /// Lines in which a panic is looked for.
@@ -36,7 +38,7 @@ const PANIC_LINES: usize = 60;
 
 /// A machine whose processors run.
 pub(super) struct Assembled {
-    pub(super) machine: QemuVm,
+    pub(super) machine: Vm,
     pub(super) foundation: Foundation,
     /// The network's guard; its helper's end is the network's.
     pub(super) network: Attachment,
@@ -45,7 +47,7 @@ pub(super) struct Assembled {
 
 /// What a machine stands on and its owner keeps, for a successor and for clones.
 pub(super) struct Foundation {
-    pub(super) qemu: Qemu,
+    pub(super) hypervisor: Hypervisor,
     pub(super) cpu_count: u32,
     pub(super) accelerator: Accelerator,
     /// The guest's memory as the present machine has it mapped.
@@ -61,6 +63,14 @@ pub(super) struct Foundation {
 }
 
 impl Foundation {
+    /// QEMU, for what the other hypervisor does not have yet.
+    pub(super) fn qemu(&self) -> anyhow::Result<&Qemu> {
+        match &self.hypervisor {
+            Hypervisor::Qemu(qemu) => Ok(qemu),
+            Hypervisor::Firecracker(_) => bail!(NO_FORK),
+        }
+    }
+
     /// The hardware, with this memory, this network and this disk.
     pub(super) fn hardware(
         &self,
@@ -122,7 +132,10 @@ pub(super) async fn assemble(
     entry: &mut Entry,
     watch: &mut Stopwatch,
 ) -> anyhow::Result<Assembled> {
-    let accelerator = accelerator(context, spec.accelerator)?;
+    let accelerator = match spec.hypervisor {
+        HypervisorKind::Qemu => accelerator(context, spec.accelerator)?,
+        HypervisorKind::Firecracker => firecracker_accelerator(context, spec.accelerator)?,
+    };
     watch.lap("accelerator");
     let root = open_root(spec)?;
     let Disks {
@@ -144,7 +157,12 @@ pub(super) async fn assemble(
     let memory = GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
         .context("cannot make the guest's memory")?;
     let foundation = Foundation {
-        qemu: qemu(context)?,
+        hypervisor: match spec.hypervisor {
+            HypervisorKind::Qemu => Hypervisor::Qemu(qemu(context)?),
+            HypervisorKind::Firecracker => {
+                Hypervisor::Firecracker(firecracker(context, &entry.paths.runtime)?)
+            }
+        },
         cpu_count: spec.cpu_count,
         accelerator,
         memory: memory
@@ -166,9 +184,10 @@ pub(super) async fn assemble(
             extra_kernel_args: Vec::new(),
         },
     };
-    let machine = foundation.qemu.launch(launch).await?;
+    let machine = foundation.hypervisor.launch(launch).await?;
     *foundation.scratch.borrow_mut() = scratch;
-    enter_machine(entry, &machine)?;
+    let role = machine.kind().name();
+    enter_process(entry, machine.identity(), role)?;
     watch.lap("hypervisor");
     Ok(Assembled {
         machine,
@@ -210,7 +229,7 @@ pub(super) async fn prepare_clone(
     let (console, console_write) = console(entry)?;
     let memory = GuestMemory::copy_on_write(template.memory).context("cannot use the memory")?;
     let foundation = Foundation {
-        qemu: qemu(context)?,
+        hypervisor: Hypervisor::Qemu(qemu(context)?),
         cpu_count: spec.cpu_count,
         accelerator,
         memory: memory
@@ -225,9 +244,10 @@ pub(super) async fn prepare_clone(
     };
     let cache = TRANSLATION_CACHE_CLONE;
     let hardware = foundation.hardware(memory, interface, scratch.as_ref(), cache)?;
-    let standby = foundation.qemu.prepare(hardware).await?;
+    let standby = foundation.qemu()?.prepare(hardware).await?;
     *foundation.scratch.borrow_mut() = scratch;
-    enter_machine(entry, standby.vm())?;
+    let identity = standby.vm().identity();
+    enter_process(entry, identity, HypervisorKind::Qemu.name())?;
     watch.lap("hypervisor");
     Ok(Prepared {
         standby,
@@ -237,10 +257,10 @@ pub(super) async fn prepare_clone(
     })
 }
 
-fn enter_machine(entry: &mut Entry, machine: &QemuVm) -> anyhow::Result<()> {
+fn enter_process(entry: &mut Entry, identity: ProcessIdentity, role: &str) -> anyhow::Result<()> {
     entry.note(Resource::Process {
-        identity: machine.identity(),
-        role: QEMU_ROLE.to_owned(),
+        identity,
+        role: role.to_owned(),
     })
 }
 
@@ -332,6 +352,33 @@ pub(crate) fn qemu(context: &Context) -> anyhow::Result<Qemu> {
     Ok(Qemu::locate(None, &context.search_path.to_string_lossy())?)
 }
 
+/// Firecracker: what `FCVM_FIRECRACKER_BIN` names, else the release that setup fetched, else as it is
+/// found in the search path. Its sockets are below the VM's directory of sockets.
+pub(crate) fn firecracker(context: &Context, runtime: &Path) -> anyhow::Result<Firecracker> {
+    let fetched = release::installed(&crate::commands::setup::firecracker_directory(context));
+    let explicit = context.firecracker.as_deref().or(fetched.as_deref());
+    let search_path = context.search_path.to_string_lossy();
+    let directory = runtime.join(HYPERVISOR_DIRECTORY);
+    Ok(Firecracker::locate(explicit, &search_path, directory)?)
+}
+
+/// Firecracker runs with KVM or not at all.
+fn firecracker_accelerator(
+    context: &Context,
+    choice: AcceleratorChoice,
+) -> anyhow::Result<Accelerator> {
+    let kvm = crate::commands::setup::probe(context).kvm;
+    match choice {
+        AcceleratorChoice::Tcg => bail!(
+            "--hypervisor firecracker runs with KVM only: leave out --accel tcg, or choose --hypervisor qemu"
+        ),
+        _ if !kvm.is_usable() => bail!(
+            "--hypervisor firecracker needs KVM, which is {kvm}; --hypervisor qemu works without it"
+        ),
+        _ => Ok(Accelerator::Kvm),
+    }
+}
+
 /// The accelerator to use.
 pub(crate) fn accelerator(
     context: &Context,
@@ -363,7 +410,7 @@ pub(super) fn boot_failure(what: &str, console_log: &Path) -> String {
     lines.truncate(CONSOLE_LINES);
     if lines.is_empty() {
         return format!(
-            "{what}; its console is empty: is the kernel one that boots in QEMU's microvm machine, and the memory enough?"
+            "{what}; its console is empty: is the kernel one that boots in a microVM, and the memory enough?"
         );
     }
     format!("{what}; the console's last lines: {}", lines.join(" | "))

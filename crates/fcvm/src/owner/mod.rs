@@ -40,7 +40,7 @@ use crate::handover::Handover;
 use crate::signals::{Arrived, Forwarded};
 use crate::state::{StateStore, VmPaths, this_process};
 use link::{AgentLink, AgentStream};
-pub(crate) use machine::{accelerator, qemu};
+pub(crate) use machine::{accelerator, firecracker, qemu};
 pub(crate) use request::OwnerRequest;
 use slot::MachineSlot;
 use spec::{Readiness, VmSpec};
@@ -375,7 +375,7 @@ async fn watch_network(vm: Rc<RunningVm>) {
 
 /// A VM whose container runs, before it is known as running.
 struct Built {
-    machine: fcvm_hypervisor::qemu::QemuVm,
+    machine: fcvm_hypervisor::Vm,
     foundation: machine::Foundation,
     network: fcvm_network::Attachment,
     link: AgentLink,
@@ -527,7 +527,7 @@ fn first_record(spec: &VmSpec, owner: ProcessIdentity) -> VmRecord {
         command: spec.process.args.clone(),
         cpu_count: spec.cpu_count,
         memory_bytes: spec.memory_bytes,
-        hypervisor: "qemu".to_owned(),
+        hypervisor: spec.hypervisor.to_string(),
         accelerator: String::new(),
         network: String::new(),
         ports: spec.ports.clone(),

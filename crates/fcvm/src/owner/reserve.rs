@@ -8,6 +8,7 @@ use std::time::Duration;
 use fcvm_types::record::Lineage;
 
 use super::freeze::Preparation;
+use super::slot::qemu;
 use super::spec::VmSpec;
 use super::vm::RunningVm;
 use crate::commands::clones::{Family, Spare};
@@ -103,7 +104,7 @@ impl RunningVm {
         };
         let plan = self.plan_freeze()?;
         let template = self.template(&plan)?;
-        let device_line = self.machine.get().device_line().clone();
+        let device_line = qemu(&self.machine.get())?.device_line().clone();
         let mut clones = Vec::new();
         for _ in 0..*count {
             let spare = Spare::start(context, &family)?;

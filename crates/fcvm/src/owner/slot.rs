@@ -3,27 +3,27 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use fcvm_hypervisor::Pause;
+use anyhow::bail;
 use fcvm_hypervisor::qemu::QemuVm;
-use fcvm_hypervisor::{VmEvent, VmExit};
+use fcvm_hypervisor::{Pause, Vm, VmEvent, VmExit};
 use fcvm_types::record::ProcessIdentity;
 
 /// The present machine.
-pub(super) struct MachineSlot(RefCell<Rc<QemuVm>>);
+pub(super) struct MachineSlot(RefCell<Rc<Vm>>);
 
 impl MachineSlot {
-    pub(super) fn new(machine: QemuVm) -> Self {
+    pub(super) fn new(machine: Vm) -> Self {
         Self(RefCell::new(Rc::new(machine)))
     }
 
     /// The machine as it is now.
-    pub(super) fn get(&self) -> Rc<QemuVm> {
+    pub(super) fn get(&self) -> Rc<Vm> {
         Rc::clone(&self.0.borrow())
     }
 
     /// Replaces the machine. The old one must still be alive: its end is nobody's loss then.
-    pub(super) fn replace(&self, successor: QemuVm) -> Rc<QemuVm> {
-        self.0.replace(Rc::new(successor))
+    pub(super) fn replace(&self, successor: QemuVm) -> Rc<Vm> {
+        self.0.replace(Rc::new(Vm::Qemu(successor)))
     }
 
     /// Waits for the end of the VM's machine, which a successor is not.
@@ -64,3 +64,14 @@ impl MachineSlot {
         self.get().resume().await
     }
 }
+
+/// QEMU's part of a machine, for what the other hypervisor does not have yet.
+pub(super) fn qemu(machine: &Vm) -> anyhow::Result<&QemuVm> {
+    match machine {
+        Vm::Qemu(vm) => Ok(vm),
+        Vm::Firecracker(_) => bail!(NO_FORK),
+    }
+}
+
+/// Why a VM cannot be forked.
+pub(super) const NO_FORK: &str = "forks and snapshots of VMs under Firecracker are not in this version yet: 'run --hypervisor qemu' has them";

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use fcvm_hypervisor::HypervisorKind;
 use fcvm_types::guest::{GuestIdentity, GuestNetwork, ProcessPlan};
 use fcvm_types::{PortMapping, VmId, VmName};
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,8 @@ pub(crate) struct VmSpec {
     pub(crate) cpu_count: u32,
     pub(crate) memory_bytes: u64,
     pub(crate) disk_bytes: u64,
+    #[serde(default)]
+    pub(crate) hypervisor: HypervisorKind,
     pub(crate) accelerator: AcceleratorChoice,
     pub(crate) network: NetworkMode,
     pub(crate) ports: Vec<PortMapping>,

@@ -12,7 +12,21 @@ fn what_is_not_in_this_version_is_refused_and_never_ignored() {
         (&["-v", "/tmp:/tmp"][..], "volumes"),
         (&["--map", "/tmp:/tmp:ro"], "volumes"),
         (&["--network", "bridged"], "--network bridged"),
-        (&["--hypervisor", "firecracker"], "--hypervisor firecracker"),
+        (
+            &["--hypervisor", "firecracker"],
+            "a network is not in this version yet with --hypervisor firecracker",
+        ),
+        (
+            &[
+                "--hypervisor",
+                "firecracker",
+                "--network",
+                "none",
+                "--accel",
+                "tcg",
+            ],
+            "runs with KVM only",
+        ),
         (&["--network", "none", "-p", "8080:80"], "network"),
         (&["-d", "-it"], "exclude each other"),
     ] {

@@ -23,6 +23,7 @@ use crate::errors::ExitError;
 use crate::owner::spec::{Readiness, VmSpec};
 use crate::owner::{self, Front, Stopwatch};
 use crate::state::{StateStore, random};
+use fcvm_hypervisor::HypervisorKind;
 
 /// Less does not boot a kernel with its initramfs.
 const MIN_MEMORY: ByteSize = ByteSize::from_mib(64);
@@ -88,7 +89,7 @@ pub(super) fn refuse_what_is_not_there(arguments: &RunArguments) -> anyhow::Resu
         bail!("--network bridged is not in this version yet: rootless and none are");
     }
     if arguments.start.hypervisor == HypervisorChoice::Firecracker {
-        bail!("--hypervisor firecracker is not in this version yet: qemu is");
+        refuse_what_firecracker_has_not(arguments)?;
     }
     if arguments.start.network == NetworkMode::None && !arguments.publish.is_empty() {
         bail!(
@@ -120,6 +121,34 @@ pub(super) fn refuse_what_is_not_there(arguments: &RunArguments) -> anyhow::Resu
     Ok(())
 }
 
+fn refuse_what_firecracker_has_not(arguments: &RunArguments) -> anyhow::Result<()> {
+    let refuse = |what: &str, instead: &str| {
+        bail!("{what} is not in this version yet with --hypervisor firecracker: {instead}")
+    };
+    if arguments.start.network != NetworkMode::None {
+        return refuse("a network", "give --network none, or choose qemu");
+    }
+    if arguments.warm {
+        return refuse(
+            "a kept start (--warm, 'fcvm prepare')",
+            "leave it out, or choose qemu",
+        );
+    }
+    if arguments.standby > 0 {
+        return refuse("--standby", "leave it out, or choose qemu");
+    }
+    Ok(())
+}
+
+/// The hypervisor to use. Forks, snapshots and the network of ordinary users are QEMU's, so that it is
+/// the best one also where Firecracker would run.
+fn hypervisor(choice: HypervisorChoice) -> HypervisorKind {
+    match choice {
+        HypervisorChoice::Auto | HypervisorChoice::Qemu => HypervisorKind::Qemu,
+        HypervisorChoice::Firecracker => HypervisorKind::Firecracker,
+    }
+}
+
 pub(super) async fn make_spec(
     context: &Context,
     store: &StateStore,
@@ -127,7 +156,8 @@ pub(super) async fn make_spec(
 ) -> anyhow::Result<VmSpec> {
     let mut watch = Stopwatch::new(Vec::new());
     let kernel = super::setup::guest_kernel(context, arguments.start.kernel.as_deref())?;
-    let initramfs = super::setup::initramfs(context, &kernel)?;
+    let hypervisor = hypervisor(arguments.start.hypervisor);
+    let initramfs = super::setup::initramfs(context, &kernel, hypervisor)?;
     watch.lap("kernel");
     let image = image::resolve(context, &arguments.start).await?;
     image::check_zfs(&image, &kernel)?;
@@ -170,6 +200,7 @@ pub(super) async fn make_spec(
         cpu_count: arguments.start.cpus,
         memory_bytes: arguments.start.memory.mib_rounded_up() << 20,
         disk_bytes: arguments.start.disk_size.mib_rounded_up() << 20,
+        hypervisor,
         accelerator: arguments.start.accel,
         network: arguments.start.network,
         ports: arguments.publish.clone(),
