@@ -72,9 +72,10 @@ impl Userfault {
         let number = match File::options().read(true).write(true).open(DEVICE) {
             // SAFETY: the argument of this request is a number, and nothing is written.
             Ok(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) },
-            // SAFETY: the call takes a number.
             Err(_) => {
-                i32::try_from(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) }).unwrap_or(-1)
+                // SAFETY: the call takes a number.
+                let number = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+                i32::try_from(number).unwrap_or(-1)
             }
         };
         if number < 0 {
