@@ -17,16 +17,16 @@ use crate::report::{Measure, Report, Samples, Target};
 const FIRST_LINE: &str = "fc-agent: started";
 
 /// Wall time and processor time until something was seen.
-struct Seen {
-    wall_ms: f64,
-    cpu_ms: f64,
+pub(crate) struct Seen {
+    pub(crate) wall_ms: f64,
+    pub(crate) cpu_ms: f64,
 }
 
 /// One `fcvm run` up to its container's first output, and what could be asked while it lived.
-struct FcvmBoot {
-    seen: Seen,
+pub(crate) struct FcvmBoot {
+    pub(crate) seen: Seen,
     /// Processor time of QEMU alone at that moment.
-    qemu_cpu_ms: f64,
+    pub(crate) qemu_cpu_ms: f64,
     stages: Vec<(String, f64)>,
     /// Resident memory of the owner, in megabytes.
     owner_rss_mb: f64,
@@ -36,14 +36,14 @@ struct FcvmBoot {
 
 pub(crate) fn measure(lab: &Lab, rounds: usize, report: &mut Report) -> anyhow::Result<()> {
     // The first run converts the image and fills the page cache; it also shows QEMU's command line.
-    let warm = fcvm_boot(lab)?;
+    let warm = fcvm_boot(lab, None)?;
     report.conditions.accelerator = Some(warm.accelerator.clone());
     let floor = bare(&warm.qemu)?;
     floor_boot(&floor)?;
     let mut taken = Rounds::default();
     for round in 1..=rounds {
         eprintln!("boot: round {round} of {rounds}");
-        taken.boot(fcvm_boot(lab)?);
+        taken.boot(fcvm_boot(lab, None)?);
         let seen = floor_boot(&floor)?;
         taken.floor_wall.push(seen.wall_ms);
         taken.floor_cpu.push(seen.cpu_ms);
@@ -110,13 +110,15 @@ impl Rounds {
     }
 }
 
-/// Runs a container that writes a line and waits; it is asked for its stages meanwhile.
-fn fcvm_boot(lab: &Lab) -> anyhow::Result<FcvmBoot> {
+/// Runs a container that writes a line and waits; it is asked for its stages meanwhile. `kernel` is one that `--kernel`
+/// takes, in place of the selected one.
+pub(crate) fn fcvm_boot(lab: &Lab, kernel: Option<&str>) -> anyhow::Result<FcvmBoot> {
     let name = format!("bench-boot-{}", std::process::id());
     let script = "echo ready; read line";
-    let arguments = [
-        "run", "--rm", "-i", "--pull", "never", "--name", &name, &lab.image, "sh", "-c", script,
-    ];
+    let run = ["run", "--rm", "-i", "--pull", "never", "--name", &name];
+    let kernel = kernel.map_or(Vec::new(), |kernel| vec!["--kernel", kernel]);
+    let container = [lab.image.as_str(), "sh", "-c", script];
+    let arguments = [&run[..], &kernel, &container].concat();
     let started = Instant::now();
     let mut child = Running(
         lab.command(&arguments)

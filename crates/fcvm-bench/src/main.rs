@@ -13,6 +13,7 @@ mod conditions;
 mod conversion;
 mod forks;
 mod images;
+mod kernels;
 mod lab;
 mod memory;
 mod process;
@@ -40,7 +41,8 @@ Usage: fcvm-bench [OPTIONS]
   --rounds N         rounds of what is measured alternately [default: 7]
   --quick            a few samples of each of fork, clones and pause
   --only NAME,...    boot, warm, session, streams, memory, relay,
-                     conversion, fork, clones, pause, uffd [default: all]";
+                     conversion, fork, clones, pause, uffd, kernels [default: all]
+  --peer-kernel FILE a vmlinux to boot beside guest-min and the packaged kernel";
 
 /// What the command line asks for.
 struct Options {
@@ -51,6 +53,7 @@ struct Options {
     rounds: usize,
     quick: bool,
     only: Vec<String>,
+    peer_kernel: Option<String>,
 }
 
 impl Options {
@@ -126,6 +129,10 @@ fn measure_vms(options: &Options, lab: &Lab, report: &mut Report) -> anyhow::Res
     if options.wants("warm") {
         warm::measure(lab, options.rounds, report).context("warm")?;
     }
+    if options.wants("kernels") {
+        let peer = options.peer_kernel.as_deref();
+        kernels::measure(lab, peer, options.rounds, report).context("kernels")?;
+    }
     if options.wants("relay") {
         relay::measure(options.rounds, report).context("relay")?;
     }
@@ -154,6 +161,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
         rounds: 7,
         quick: false,
         only: Vec::new(),
+        peer_kernel: None,
     };
     let mut parser = lexopt::Parser::from_env();
     while let Some(argument) = parser.next()? {
@@ -172,6 +180,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
                     .map(str::to_owned)
                     .collect();
             }
+            Long("peer-kernel") => options.peer_kernel = Some(parser.value()?.string()?),
             Short('h') | Long("help") => return Ok(None),
             other => return Err(other.unexpected().into()),
         }
@@ -179,7 +188,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
     if options.rounds == 0 {
         bail!("--rounds 0 measures nothing: 1 is the least");
     }
-    const PARTS: [&str; 11] = [
+    const PARTS: [&str; 12] = [
         "boot",
         "warm",
         "session",
@@ -191,6 +200,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
         "clones",
         "pause",
         "uffd",
+        "kernels",
     ];
     if let Some(unknown) = options
         .only

@@ -27,6 +27,7 @@ pub(crate) fn lock(directory: &Path, progress: Progress<'_>) -> Result<File> {
     let file = File::options()
         .create(true)
         .truncate(false)
+        .read(true)
         .write(true)
         .open(&path)
         .map_err(KernelError::file("open", &path))?;

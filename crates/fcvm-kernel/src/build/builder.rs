@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::process::{Make, check_tools, fetch_output, first_error};
+use super::process::{Make, PLAIN_LLVM, check_tools, fetch_output, first_error, newest_llvm};
 use super::profile::{Profile, Use};
 use super::resolve::{self, Resolved};
 use super::source::Source;
@@ -82,15 +82,31 @@ impl Lto {
     }
 }
 
+impl Lto {
+    fn check_memory(self, available_mb: u64) -> Result<()> {
+        match self == Self::Full && available_mb < FULL_LTO_MB {
+            true => Err(BuildError::Memory {
+                needed_mb: FULL_LTO_MB,
+                available_mb,
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
 impl BuildOptions {
     /// How `make` is started for these.
     pub fn make(&self) -> Make {
         Make {
-            llvm: self.lto != Lto::None,
+            llvm: (self.lto != Lto::None).then(|| newest_llvm(&self.search_path)),
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// Fails for what cannot work, before anything is fetched or built.
+    ///
+    /// # Errors
+    /// [`BuildError::Options`], [`BuildError::Memory`].
+    pub fn check(&self) -> Result<()> {
         if let Some(march) = &self.march {
             let known = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
             if march.is_empty() || march.starts_with('-') || !march.bytes().all(known) {
@@ -99,16 +115,7 @@ impl BuildOptions {
                 )));
             }
         }
-        if self.lto == Lto::Full {
-            let available_mb = available_memory_mb();
-            if available_mb < FULL_LTO_MB {
-                return Err(BuildError::Memory {
-                    needed_mb: FULL_LTO_MB,
-                    available_mb,
-                });
-            }
-        }
-        Ok(())
+        self.lto.check_memory(available_memory_mb())
     }
 }
 
@@ -138,7 +145,7 @@ pub fn plan(
         "{KEY_VERSION}\n{}\n{:?}\n{march}\n{}\n{:?}",
         source.id,
         zfs.as_ref().map(|zfs| &zfs.id),
-        options.make().llvm,
+        options.make().llvm.is_some(),
         resolved.values
     );
     let key = files::sha256_hex(inputs.as_bytes());
@@ -173,13 +180,13 @@ pub fn build(
         return Ok(kernel);
     }
     let work = directories.work.join(&plan.source.id);
-    let variant = match plan.options.make().llvm {
+    let variant = match plan.options.make().llvm.is_some() {
         true => format!("{}-llvm", plan.profile.name),
         false => plan.profile.name.clone(),
     };
     let lock = work.join(format!("{variant}.lock"));
     files::create_dir(&lock)?;
-    let _lock = files::lock(&lock, progress)?;
+    let lock = files::lock(&lock, progress)?;
     if let Some(kernel) = cached(directories, plan) {
         return Ok(kernel);
     }
@@ -204,7 +211,7 @@ pub fn build(
         }
         None => None,
     };
-    let object_count = make(directories, plan, &output, &log, progress)?;
+    let object_count = make(directories, plan, &output, (&lock, &log), progress)?;
     let built = read_back(plan, &output)?;
     progress(SetupEvent::start(SetupStage::Store, plan.name.clone()));
     store::put(directories, plan, &output, &log, object_count, built)
@@ -235,7 +242,7 @@ fn check_needs(plan: &Plan) -> Result<()> {
     }
     check_tools(
         &plan.options.search_path,
-        plan.options.make().llvm,
+        plan.options.make().llvm.is_some(),
         &extra,
         true,
     )
@@ -250,11 +257,13 @@ fn write_config(path: &Path, text: &str) -> Result<()> {
 }
 
 /// Runs make to its end; returns how many objects there are.
+///
+/// The lock is make's standard input, an empty file: where this process is killed it is held until make has noticed.
 fn make(
     directories: &Directories,
     plan: &Plan,
     output: &Path,
-    log: &Path,
+    (lock, log): (&File, &Path),
     progress: Progress<'_>,
 ) -> Result<u64> {
     let expected = store::expected_objects(directories, plan)
@@ -270,8 +279,12 @@ fn make(
         .try_clone()
         .map_err(|error| failed(error.to_string()))?;
     let mut log_file = File::create(log).map_err(BuildError::file("create", log))?;
+    let held = lock
+        .try_clone()
+        .map_err(|error| failed(error.to_string()))?;
     let mut command = build_command(plan, output);
     let mut child = command
+        .stdin(held)
         .stdout(writer)
         .stderr(errors)
         .spawn()
@@ -369,9 +382,10 @@ fn read_back(plan: &Plan, output: &Path) -> Result<PathBuf> {
 
 /// Takes the symbol tables out: the hypervisor reads the file at every start.
 pub(crate) fn strip(plan: &Plan, vmlinux: &Path, target: &Path) -> Result<()> {
-    let program = match plan.options.make().llvm {
-        true => "llvm-objcopy",
-        false => "objcopy",
+    let program = match plan.options.make().llvm.as_deref() {
+        None => "objcopy".to_owned(),
+        Some(PLAIN_LLVM) => "llvm-objcopy".to_owned(),
+        Some(version) => format!("llvm-objcopy{version}"),
     };
     let mut command = Command::new(program);
     command.arg("--strip-all").arg(vmlinux).arg(target);
@@ -409,6 +423,17 @@ mod tests {
         ] {
             assert_eq!(compiled(line), None);
         }
+    }
+
+    #[test]
+    fn full_lto_needs_memory_and_says_so_before_it_starts() {
+        let message = Lto::Full.check_memory(5_999).unwrap_err().to_string();
+        assert!(
+            message.contains("6000 MB") && message.contains("--lto thin"),
+            "{message}"
+        );
+        Lto::Full.check_memory(6_000).unwrap();
+        Lto::Thin.check_memory(100).unwrap();
     }
 
     #[test]

@@ -9,8 +9,8 @@ use super::{BuildError, Result};
 /// How `make` is started.
 #[derive(Debug, Clone, Default)]
 pub struct Make {
-    /// With clang and lld in place of gcc and ld.
-    pub llvm: bool,
+    /// With clang and lld in place of gcc and ld: what make's `LLVM=` takes, `1` or `-16`.
+    pub llvm: Option<String>,
 }
 
 impl Make {
@@ -43,8 +43,8 @@ impl Make {
         ] {
             command.env_remove(name);
         }
-        if self.llvm {
-            command.arg("LLVM=1");
+        if let Some(llvm) = &self.llvm {
+            command.arg(format!("LLVM={llvm}"));
         }
         command
     }
@@ -72,13 +72,15 @@ pub(crate) fn fetch_output(action: &str, command: &mut Command) -> Result<String
 /// The first line that tells of an error of its own, not one of make's that repeat it.
 pub(crate) fn first_error(text: &str) -> String {
     const LINE_MAX_CHARS: usize = 300;
-    const SIGNS: [&str; 9] = [
+    const SIGNS: [&str; 11] = [
         "error:",
         "fatal:",
         "Error:",
         "undefined reference",
         "No space left on device",
         "not found",
+        "Not found",
+        "can't open",
         "No such file",
         "Killed",
         "cannot find",
@@ -108,6 +110,36 @@ const NEEDED: [(&str, &str); 8] = [
     ("xz", "xz-utils"),
 ];
 
+/// The LLVM without a version in its programs' names.
+pub(crate) const PLAIN_LLVM: &str = "1";
+
+/// The newest LLVM whose programs are all there, as make's `LLVM=` takes it: distributions have several beside each
+/// other, and the one without a version in its names is the oldest of them.
+pub(crate) fn newest_llvm(search_path: &std::ffi::OsStr) -> String {
+    let directories: Vec<_> = std::env::split_paths(search_path).collect();
+    let has = |name: String| {
+        directories
+            .iter()
+            .any(|directory| directory.join(&name).is_file())
+    };
+    let versions = directories
+        .iter()
+        .filter_map(|directory| std::fs::read_dir(directory).ok())
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            name.to_str()?.strip_prefix("clang-")?.parse::<u32>().ok()
+        });
+    versions
+        .filter(|version| {
+            ["ld.lld", "llvm-ar", "llvm-objcopy"]
+                .iter()
+                .all(|program| has(format!("{program}-{version}")))
+        })
+        .max()
+        .map_or(PLAIN_LLVM.to_owned(), |version| format!("-{version}"))
+}
+
 /// Fails where something is missing that the build will ask for, with the packages that have it.
 ///
 /// `search_path` is the caller's `PATH`; `values` the configuration, where there is one already.
@@ -124,7 +156,7 @@ pub fn check_tools(
         std::env::split_paths(search_path).any(|directory| directory.join(name).is_file())
     };
     let mut wanted: Vec<(&str, &str)> = NEEDED.to_vec();
-    if llvm {
+    if llvm && newest_llvm(search_path) == PLAIN_LLVM {
         wanted.extend([("clang", "clang"), ("ld.lld", "lld"), ("llvm-ar", "llvm")]);
     }
     wanted.extend_from_slice(extra);
@@ -175,6 +207,23 @@ mod tests {
             "make: *** No rule to make target 'x'.  Stop."
         );
         assert_eq!(first_error(""), "it gave no reason");
+    }
+
+    #[test]
+    fn the_newest_whole_llvm_is_taken() {
+        let bin = tempfile::tempdir().unwrap();
+        let path = bin.path().as_os_str();
+        assert_eq!(newest_llvm(path), "1");
+        // 19 has no linker, and 9 is less than 16.
+        for name in ["clang-9", "clang-16", "clang-19", "clang-cpp-16"] {
+            std::fs::write(bin.path().join(name), "").unwrap();
+        }
+        for version in ["9", "16"] {
+            for program in ["ld.lld", "llvm-ar", "llvm-objcopy"] {
+                std::fs::write(bin.path().join(format!("{program}-{version}")), "").unwrap();
+            }
+        }
+        assert_eq!(newest_llvm(path), "-16");
     }
 
     #[test]

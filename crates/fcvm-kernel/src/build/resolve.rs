@@ -137,8 +137,13 @@ fn compare(
         if found == request.value && !unknown {
             continue;
         }
+        let mut reason = tree.explain(&request.symbol, &request.value, values);
+        // Symbols that Kconfig sets by trying the compiler.
+        if reason.contains("CC_HAS_") {
+            reason.push_str(", which a newer compiler has");
+        }
         let entry = Lost {
-            reason: tree.explain(&request.symbol, &request.value, values),
+            reason,
             found: found.to_owned(),
             request: request.clone(),
         };

@@ -36,6 +36,8 @@ const CONFIGURATION_PARTS_DEEP: [&str; 3] = [
 ];
 /// What an unpacked source takes.
 pub(crate) const TREE_MB: u64 = 1_700;
+/// What its package takes meanwhile.
+const PACKAGE_MB: u64 = 200;
 /// Longest output of a checksum.
 const SHA256_CHARS: usize = 64;
 
@@ -247,6 +249,13 @@ fn debian(
         Offer::There { id, tree } => return read(spec, tree, id, true),
         Offer::Fetch(offer) => offer,
     };
+    if scope == Scope::Whole {
+        super::check_space(
+            directory,
+            TREE_MB + PACKAGE_MB,
+            "the source with its package",
+        )?;
+    }
     let fetched = offer.fetch(progress)?;
     progress(SetupEvent::start(SetupStage::Unpack, offer.id.clone()));
     let staging = files::partial_dir(directory)?;

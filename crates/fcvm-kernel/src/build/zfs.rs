@@ -363,8 +363,8 @@ fn configure(plan: &Plan, work: &Path, output: &Path, log: &Path) -> Result<()> 
     ] {
         command.env_remove(name);
     }
-    if plan.options.make().llvm {
-        command.env("KERNEL_LLVM", "1");
+    if let Some(llvm) = plan.options.make().llvm {
+        command.env("KERNEL_LLVM", llvm);
     }
     let failed = |reason: String| BuildError::Failed {
         action: "configuring OpenZFS for this kernel".to_owned(),

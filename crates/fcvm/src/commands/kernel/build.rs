@@ -191,6 +191,7 @@ fn config(context: &Context, arguments: &ConfigArguments) -> anyhow::Result<u8> 
     let profile = profile(inputs)?;
     let options = BuildOptions {
         lto: lto(inputs.lto),
+        search_path: context.search_path.clone(),
         ..BuildOptions::default()
     };
     let headers = false;
@@ -325,6 +326,7 @@ fn build_kernel(
         || std::thread::available_parallelism().map_or(1, usize::from),
         usize::from,
     );
+    options.check()?;
     build::check_tools(&context.search_path, options.lto != Lto::None, &[], true)?;
     let source = fetch(context, inputs, Scope::Whole, shown)?;
     let directories = directories(context);
