@@ -13,6 +13,8 @@ pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const MEMORY: &str = "memory.pages";
 /// The state of its devices.
 pub(crate) const STATE: &str = "state.bin";
+/// The pages that its clones ask for first; added to a snapshot that is there.
+pub(crate) const WORKING_SET: &str = "working-set.bin";
 /// How the files of its disk begin.
 pub(crate) const DISK: &str = "disk";
 

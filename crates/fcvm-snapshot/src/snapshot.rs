@@ -1,18 +1,19 @@
 //! A snapshot that is there.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use fcvm_memory::page_file::{anonymous_file, seal};
+use fcvm_memory::uffd::{WORKING_SET_BYTES_MAX, WorkingSet};
 use fcvm_memory::{Content, MemoryError, PAGE_BYTES, PageFile};
 use fcvm_storage::FrozenDisk;
 use fcvm_types::SnapshotTag;
 
 use crate::DEPTH_MAX;
 use crate::error::SnapshotError;
-use crate::files::{self, MANIFEST, MEMORY, STATE};
+use crate::files::{self, MANIFEST, MEMORY, STATE, WORKING_SET};
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest, MemoryKind, ParentRef};
 use crate::store::SnapshotStore;
 
@@ -166,6 +167,59 @@ impl Snapshot {
             return Err(self.damaged(format!("the checksum of {STATE} is wrong")));
         }
         Ok(bytes)
+    }
+
+    /// The pages that a clone asked for in its first seconds, where that was recorded.
+    ///
+    /// # Errors
+    ///
+    /// What is there is damaged, or of another snapshot: clones do without it, and it can be recorded anew.
+    pub fn working_set(&self) -> Result<Option<WorkingSet>, SnapshotError> {
+        let path = self.path.join(WORKING_SET);
+        let file = match files::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(SnapshotError::io("read a working set", &path)(error)),
+        };
+        let mut bytes = Vec::new();
+        file.take(WORKING_SET_BYTES_MAX as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(SnapshotError::io("read a working set", &path))?;
+        let memory_bytes = self.manifest.memory.memory_bytes;
+        let set = WorkingSet::decode(&bytes, memory_bytes, &self.id_bytes());
+        set.map(Some).map_err(|source| self.memory_error(source))
+    }
+
+    /// Keeps the pages that a clone asked for, in place of what was kept before. It is there whole or not
+    /// at all, and it is no loss when it is not.
+    ///
+    /// # Errors
+    ///
+    /// The snapshot was removed, or the file system is full.
+    pub fn store_working_set(&self, set: &WorkingSet) -> Result<(), SnapshotError> {
+        let write = || {
+            let path = self
+                .path
+                .join(format!(".{WORKING_SET}-{}", files::random_hex()?));
+            let memory_bytes = self.manifest.memory.memory_bytes;
+            let bytes = set.encode(memory_bytes, &self.id_bytes());
+            let written = files::create(&path).and_then(|mut file| {
+                file.write_all(&bytes)?;
+                file.sync_all()?;
+                std::fs::rename(&path, self.path.join(WORKING_SET))
+            });
+            if written.is_err() {
+                let _ = std::fs::remove_file(&path);
+            }
+            written
+        };
+        write().map_err(SnapshotError::io("keep a working set", &self.path))
+    }
+
+    /// Its id as 128 bits.
+    fn id_bytes(&self) -> [u8; 16] {
+        let number = u128::from_str_radix(self.manifest.id.as_str(), 16).unwrap_or(0);
+        number.to_be_bytes()
     }
 
     /// Its disk, open for reading alone, where the VM has one.

@@ -49,6 +49,53 @@ fn what_was_written_is_read() {
 }
 
 #[test]
+fn a_working_set_is_kept_with_its_snapshot_alone() {
+    let lab = Lab::new();
+    let make = |name: &str| {
+        let mut draft = lab.store.begin(&tag(name)).unwrap();
+        let memory = memory_of(&lab::pattern(8));
+        draft.write_memory_whole(&memory, None).unwrap();
+        draft.write_state(b"devices").unwrap();
+        draft.finish(fields()).unwrap()
+    };
+    let (one, two) = (make("one"), make("two"));
+    assert_eq!(one.working_set().unwrap(), None);
+    // Bytes of a set of pages 5 and 1, as docs/format/snapshot.md tells.
+    let path = |snapshot: &str| lab.store.directory().join(snapshot).join("working-set.bin");
+    let mut bytes = b"FCVMWSET\x01\0\0\0\x01\0\0\0".to_vec();
+    bytes.extend((8 * PAGE as u64).to_le_bytes());
+    let id = u128::from_str_radix(one.manifest().id.as_str(), 16).unwrap();
+    bytes.extend(id.to_be_bytes());
+    bytes.extend(2_u32.to_le_bytes());
+    let entries = [5_u64, 1].map(|page| [&page.to_le_bytes()[..], &1_u32.to_le_bytes()].concat());
+    let entries = entries.concat();
+    let checksum = crc32c::crc32c_append(crc32c::crc32c(&bytes), &entries);
+    bytes.extend(checksum.to_le_bytes());
+    bytes.extend(entries);
+    fs::write(path("one"), &bytes).unwrap();
+    let set = one.working_set().unwrap().unwrap();
+    let pages: Vec<u64> = set.runs().iter().map(|run| run.first).collect();
+    assert_eq!((pages, set.is_complete()), (vec![5, 1], true));
+    // Kept anew it is the same file; another snapshot's is refused.
+    one.store_working_set(&set).unwrap();
+    assert_eq!(fs::read(path("one")).unwrap(), bytes);
+    assert_eq!(
+        fs::metadata(path("one")).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    fs::copy(path("one"), path("two")).unwrap();
+    let error = two.working_set().unwrap_err().to_string();
+    assert!(error.contains("of another snapshot"), "{error}");
+    two.store_working_set(&set).unwrap();
+    assert_eq!(two.working_set().unwrap().as_ref(), Some(&set));
+    // It goes with the snapshot, which is as good without it.
+    one.verify().unwrap();
+    lab.store.remove(&tag("one"), false).unwrap();
+    assert!(!path("one").exists());
+    assert!(one.store_working_set(&set).is_err());
+}
+
+#[test]
 fn a_tag_is_taken_early_and_given_back() {
     let lab = Lab::new();
     let draft = lab.store.begin(&tag("one")).unwrap();
