@@ -16,32 +16,38 @@ fn every_profile_resolves_with_two_kernels() {
         return;
     };
     let directory = Path::new(&directory);
-    let output = tempfile::tempdir().unwrap();
-    for source in ["debian:6.1", "debian:6.12"] {
-        let spec: SourceSpec = source.parse().unwrap();
-        let fetched = build::fetch(directory, &spec, Scope::Configuration, &mut |_| {});
-        let source = match fetched {
-            Ok(source) => source,
-            Err(error) => {
-                println!("skipped: {error}");
-                return;
-            }
-        };
-        let at = output.path().join(&source.id);
-        let profiles = Profile::built_in().unwrap().into_iter();
-        for profile in profiles.chain(answered(output.path())) {
-            let resolved = build::resolve(&source, &profile, &at, &Make::default()).unwrap();
-            let lost: Vec<String> = resolved.lost.iter().map(ToString::to_string).collect();
-            assert!(
-                lost.is_empty(),
-                "{} on {}: {lost:#?}",
-                profile.name,
-                source.release
-            );
-            defences_are_on(&profile, &resolved);
+    std::thread::scope(|scope| {
+        for source in ["debian:6.1", "debian:6.12"] {
+            scope.spawn(move || every_profile_resolves_with(source, directory));
         }
-        what_is_lost_is_told(&source, &at);
+    });
+}
+
+fn every_profile_resolves_with(source: &str, directory: &Path) {
+    let output = tempfile::tempdir().unwrap();
+    let spec: SourceSpec = source.parse().unwrap();
+    let fetched = build::fetch(directory, &spec, Scope::Configuration, &mut |_| {});
+    let source = match fetched {
+        Ok(source) => source,
+        Err(error) => {
+            println!("skipped: {error}");
+            return;
+        }
+    };
+    let at = output.path().join(&source.id);
+    let profiles = Profile::built_in().unwrap().into_iter();
+    for profile in profiles.chain(answered(output.path())) {
+        let resolved = build::resolve(&source, &profile, &at, &Make::default()).unwrap();
+        let lost: Vec<String> = resolved.lost.iter().map(ToString::to_string).collect();
+        assert!(
+            lost.is_empty(),
+            "{} on {}: {lost:#?}",
+            profile.name,
+            source.release
+        );
+        defences_are_on(&profile, &resolved);
     }
+    what_is_lost_is_told(&source, &at);
 }
 
 /// Profiles made by answers that together include every part.
