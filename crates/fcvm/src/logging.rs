@@ -30,7 +30,9 @@ pub(crate) fn start(directives: &str) -> anyhow::Result<()> {
 }
 
 /// The targets that are shown: parts of a VM, in place of Rust's module paths.
-const PARTS: [&str; 6] = ["vm", "qemu", "agent", "network", "console", "health"];
+const PARTS: [&str; 7] = [
+    "vm", "qemu", "agent", "network", "console", "health", "memory",
+];
 
 struct Lines;
 

@@ -112,7 +112,8 @@ impl ServerWatch {
     #[expect(clippy::should_implement_trait, reason = "it fails, and waits")]
     pub fn next(&mut self) -> Result<Option<Notice>, WatchError> {
         match line(&mut self.lines) {
-            Ok(line) if line.is_empty() => Ok(None),
+            // Also within a line: a server that was killed, or one whose notices were not read in time.
+            Ok(line) if !line.ends_with('\n') => Ok(None),
             Ok(line) => Ok(Some(
                 serde_json::from_str(&line).map_err(WatchError::Answer)?,
             )),
@@ -120,10 +121,16 @@ impl ServerWatch {
             Err(error) => Err(WatchError::Gone(error)),
         }
     }
+
+    /// Whether notices have been read from the connection that [`next`](Self::next) has not given yet:
+    /// the descriptor does not tell of these.
+    pub fn is_pending(&self) -> bool {
+        !self.lines.buffer().is_empty()
+    }
 }
 
 impl AsFd for ServerWatch {
-    /// Can be read when a notice has come, or the end.
+    /// Can be read when a notice has come, or the end; see [`is_pending`](ServerWatch::is_pending).
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.lines.get_ref().as_fd()
     }

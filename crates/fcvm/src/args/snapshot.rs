@@ -30,6 +30,8 @@ pub(crate) enum SnapshotCommand {
     Run(RunArguments),
     /// Keep a snapshot's memory resident and start clones of it on demand; they end with this process
     Serve(ServeArguments),
+    /// Give a snapshot's memory to hypervisors that ask for it page by page (userfaultfd)
+    ServeMemory(ServeMemoryArguments),
 }
 
 /// `fcvm snapshot create`.
@@ -125,6 +127,28 @@ pub(crate) struct ServeArguments {
     /// Keep so many clones loaded and paused, about 80 MB each
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(..=32))]
     pub(crate) standby: u16,
+    /// The snapshot
+    pub(crate) tag: SnapshotTag,
+}
+
+/// `fcvm snapshot serve-memory`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Prints the path of its socket. Firecracker connects to it when a snapshot is loaded with this path as\n\
+        'backend_path' and 'Uffd' as 'backend_type'. The pages that the first clone asks for are recorded, kept with\n\
+        the snapshot, and brought to later ones ahead. Clones are killed when this process is told to end; when it is\n\
+        killed they stand still: whoever runs them watches it."
+)]
+pub(crate) struct ServeMemoryArguments {
+    /// End when the last clone has ended
+    #[arg(long)]
+    pub(crate) exit_when_idle: bool,
+    /// Users whose hypervisors may connect, by number, besides the caller's own
+    #[arg(long, value_name = "UID")]
+    pub(crate) user: Vec<u32>,
+    /// How long the pages of a clone are recorded, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=3600))]
+    pub(crate) record: u64,
     /// The snapshot
     pub(crate) tag: SnapshotTag,
 }

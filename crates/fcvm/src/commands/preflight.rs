@@ -332,25 +332,32 @@ fn fuse(context: &Context) -> Finding {
     finding
 }
 
+/// A hypervisor under KVM needs all faults told: those of the kernel on a guest's behalf too. A hypervisor that finds
+/// the device asks nothing else, so that its mode decides where it is there.
 fn userfaultfd() -> Finding {
+    use fcvm_memory::uffd::{Faults, Userfault};
     const CHECK: &str = "userfaultfd";
-    const MEANING: &str = "the memory server of clones (later)";
-    let device = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd")
-        .is_ok();
-    let sysctl = read("/proc/sys/vm/unprivileged_userfaultfd");
-    if device || rustix::process::geteuid().is_root() || sysctl.as_deref() == Some("1") {
-        return Finding::ok(CHECK, "available", MEANING);
+    const MEANING: &str = "'snapshot serve-memory' and its clones";
+    const DEVICE: &str = "/dev/userfaultfd";
+    let limited = |found: &str, remedy: &str| {
+        Finding::lacking(CHECK, Verdict::Limited, found, MEANING, remedy)
+    };
+    let device = File::options().read(true).write(true).open(DEVICE);
+    match (device, Userfault::create(Faults::All)) {
+        (Err(error), _) if error.kind() == std::io::ErrorKind::PermissionDenied => limited(
+            "/dev/userfaultfd cannot be opened",
+            "give it to the group that has /dev/kvm ('chgrp kvm /dev/userfaultfd; chmod 660 /dev/userfaultfd', or a udev rule)",
+        ),
+        (_, Ok(_)) => Finding::ok(CHECK, "faults of guests can be served", MEANING),
+        (_, Err(_)) if Userfault::create(Faults::OfUserMode).is_ok() => limited(
+            "faults of programs only, not of guests under KVM",
+            "set the sysctl vm.unprivileged_userfaultfd to 1",
+        ),
+        (_, Err(error)) => limited(
+            &format!("not there: {error}"),
+            "use a kernel with CONFIG_USERFAULTFD",
+        ),
     }
-    Finding::lacking(
-        CHECK,
-        Verdict::Limited,
-        "for root only",
-        MEANING,
-        "set the sysctl vm.unprivileged_userfaultfd to 1",
-    )
 }
 
 /// The data directory, or the nearest parent that exists.

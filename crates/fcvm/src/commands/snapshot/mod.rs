@@ -2,6 +2,7 @@
 
 pub(crate) mod create;
 mod serve;
+mod serve_memory;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -37,6 +38,7 @@ pub(crate) async fn run(context: &Context, command: SnapshotCommand) -> anyhow::
         SnapshotCommand::Rm(arguments) => rm(context, &arguments),
         SnapshotCommand::Run(arguments) => run_clones(context, &arguments).await,
         SnapshotCommand::Serve(arguments) => serve(context, &arguments).await,
+        SnapshotCommand::ServeMemory(arguments) => serve_memory::run(context, &arguments).await,
     }
 }
 

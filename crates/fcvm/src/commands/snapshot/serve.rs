@@ -27,6 +27,9 @@ use crate::template::{Template, Waiting, all_waiting, send_offer, send_state};
 /// How long new clones are not made while the command that took the last ones is busy with them.
 const BUSY_LIMIT: Duration = Duration::from_secs(2);
 
+/// How the sockets of serving processes begin; their numbers follow.
+const PREFIX: &str = "serve-";
+
 /// A snapshot in memory.
 pub(crate) struct Loaded {
     pub(super) tag: SnapshotTag,
@@ -89,7 +92,7 @@ struct ServeSocket {
 }
 
 fn socket_path(context: &Context, pid: i32) -> PathBuf {
-    context.runtime_dir.join(format!("serve-{pid}.sock"))
+    context.runtime_dir.join(format!("{PREFIX}{pid}.sock"))
 }
 
 /// Removes the sockets that killed processes have left.
@@ -101,13 +104,16 @@ pub(crate) fn remove_dead_sockets(context: &Context) -> anyhow::Result<Vec<PathB
     for entry in entries.flatten() {
         let name = entry.file_name();
         let number = name.to_str().and_then(|name| {
-            name.strip_prefix("serve-")?
+            [PREFIX, super::serve_memory::PREFIX]
+                .iter()
+                .find_map(|prefix| name.strip_prefix(prefix))?
                 .strip_suffix(".sock")?
                 .parse::<i32>()
                 .ok()
         });
         // One that is listened to answers.
-        if number.is_some() && connect(&entry.path()).is_err() {
+        let is_dead = || std::os::unix::net::UnixStream::connect(entry.path()).is_err();
+        if number.is_some() && connect(&entry.path()).is_err() && is_dead() {
             std::fs::remove_file(entry.path())
                 .with_context(|| format!("cannot remove {}", entry.path().display()))?;
             removed.push(entry.path());

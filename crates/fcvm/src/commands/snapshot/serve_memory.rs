@@ -1,0 +1,85 @@
+//! `fcvm snapshot serve-memory`: the memory of a snapshot for hypervisors that ask for it page by page.
+//!
+//! The socket, the log and what is kept with the snapshot are here; serving is `fcvm_memory::uffd`'s.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use fcvm_memory::uffd::{MemorySource, Notice, Server, ServerEvent, ServerOptions};
+use fcvm_snapshot::Snapshot;
+
+use super::load_memory;
+use crate::args::snapshot::ServeMemoryArguments;
+use crate::context::{Context, create_private_dir};
+use crate::signals::{Arrived, Forwarded};
+use crate::state::this_process;
+
+/// How its socket begins; the process's number follows.
+pub(super) const PREFIX: &str = "serve-memory-";
+
+pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> anyhow::Result<u8> {
+    let snapshot = context.snapshots().open(&arguments.tag)?;
+    let working_set = snapshot.working_set().unwrap_or_else(|error| {
+        tracing::warn!(target: "memory", "{error}: it is recorded anew");
+        None
+    });
+    let source = MemorySource::new(&load_memory(&snapshot)?)?;
+    let options = ServerOptions {
+        users: arguments.user.clone(),
+        record_window: Duration::from_secs(arguments.record),
+        ends_when_idle: arguments.exit_when_idle,
+        working_set,
+    };
+    let process = this_process()?;
+    create_private_dir(&context.runtime_dir)?;
+    let name = format!("{PREFIX}{}.sock", process.pid);
+    let socket = context.runtime_dir.join(name);
+    let server = Server::bind(&socket, Arc::new(source), options)?;
+    let stopper = server.stopper();
+    let mut signals = Forwarded::new()?;
+    println!("{}", socket.display());
+    let serving = tokio::task::spawn_blocking(move || server.run(|event| note(&snapshot, &event)));
+    tokio::pin!(serving);
+    let summary = loop {
+        tokio::select! {
+            ended = &mut serving => break ended.context("the memory server failed")??,
+            arrived = signals.next() => if let Arrived::Signal(_) = arrived {
+                stopper.stop();
+            },
+        }
+    };
+    tracing::info!(target: "memory", "{} clones served: {}", summary.ended_count, summary.ended);
+    Ok(crate::EXIT_SUCCESS)
+}
+
+/// What happens, in the log; what was recorded, with the snapshot.
+fn note(snapshot: &Snapshot, event: &ServerEvent<'_>) {
+    match event {
+        ServerEvent::Notice(Notice::Started { pid }) => {
+            tracing::info!(target: "memory", "process {pid} is served");
+        }
+        ServerEvent::Notice(Notice::Ended {
+            pid,
+            reason,
+            is_failure,
+            statistics,
+        }) => {
+            if *is_failure {
+                tracing::warn!(target: "memory", "process {pid} was killed: {reason}");
+            }
+            tracing::info!(target: "memory", "process {pid} is served no longer ({reason}): {statistics}");
+        }
+        ServerEvent::Refused { pid, reason } => {
+            tracing::debug!(target: "memory", "process {pid} was not heard: {reason}");
+        }
+        ServerEvent::Recorded(set) => match snapshot.store_working_set(set) {
+            Ok(()) => {
+                let pages = set.page_count();
+                tracing::info!(target: "memory", "{pages} pages come ahead from now on");
+            }
+            Err(error) => tracing::warn!(target: "memory", "{error}"),
+        },
+        _ => {}
+    }
+}
