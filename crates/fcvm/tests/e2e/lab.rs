@@ -42,6 +42,19 @@ pub(crate) struct Lab {
     finished: Cell<bool>,
 }
 
+/// Waits until none of these processes is left.
+#[track_caller]
+fn wait_for_none(processes: impl Fn() -> Vec<(Pid, String)>) {
+    for (pid, command) in processes() {
+        assert!(
+            process::wait_gone(pid),
+            "left running: {} {command}",
+            pid.as_raw_nonzero()
+        );
+    }
+    assert_eq!(processes(), [], "left running");
+}
+
 impl Lab {
     /// A lab with the shared kernel and images; `None` when the machine cannot run VMs (it is told).
     pub(crate) fn new() -> Option<Self> {
@@ -351,8 +364,19 @@ impl Lab {
         })
     }
 
-    /// The lab's processes: number and command line.
+    /// The lab's processes but for those behind a mounted pool, which outlives VMs: number and command line.
     pub(crate) fn processes(&self) -> Vec<(Pid, String)> {
+        let is_mount = |command: &str| {
+            ["pool keep-mount", "pool serve-mount"]
+                .iter()
+                .any(|role| command.contains(role))
+        };
+        let mut processes = self.all_processes();
+        processes.retain(|(_, command)| !is_mount(command));
+        processes
+    }
+
+    fn all_processes(&self) -> Vec<(Pid, String)> {
         let marked = |pid: i32| -> Option<(Pid, String)> {
             let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).ok();
             let limits = read("limits")?;
@@ -385,17 +409,10 @@ impl Lab {
             .collect()
     }
 
-    /// Waits until none of the lab's processes is left.
+    /// Waits until none of the lab's processes is left; those of a mounted pool may be.
     #[track_caller]
     pub(crate) fn wait_for_no_process(&self) {
-        for (pid, command) in self.processes() {
-            assert!(
-                process::wait_gone(pid),
-                "left running: {} {command}",
-                pid.as_raw_nonzero()
-            );
-        }
-        assert_eq!(self.processes(), [], "left running");
+        wait_for_none(|| self.processes());
     }
 
     /// Files below the data and runtime directories that are neither kernels nor images nor templates
@@ -440,7 +457,7 @@ impl Lab {
             // Nobody has a file open there any more.
             self.ok(&["pool", "unmount", pool.to_str().unwrap()]);
         }
-        self.wait_for_no_process();
+        wait_for_none(|| self.all_processes());
         assert_eq!(self.leftovers(), [] as [PathBuf; 0], "files are left");
         self.finished.set(true);
     }
@@ -481,7 +498,7 @@ impl Drop for Lab {
             .args(["-u", "-z"])
             .arg(self.data.join("pool/mnt"))
             .output();
-        for (pid, _) in self.processes() {
+        for (pid, _) in self.all_processes() {
             let _ = kill_process(pid, Signal::KILL);
             process::wait_gone(pid);
         }
