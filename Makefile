@@ -53,6 +53,7 @@ test: ## everything that CI runs: lint, checks, all tests
 	$(MAKE) --no-print-directory guest-kernel
 	FCVM_TEST_KERNEL_SOURCES=$(TEST_DATA)/kernels/sources FCVM_AGENT_BIN=$(AGENT) FCVM_TEST_AGENT=$(AGENT) FCVM_TEST_KERNEL_DIR=$(TEST_DATA)/kernels/current \
 	    $(CARGO) test --locked --workspace --no-fail-fast
+	$(CARGO) test --locked -p blockpool --features shuttle --test interleavings
 
 # Where the package archive is out of reach the tests that boot say that they are skipped.
 .PHONY: guest-kernel
@@ -104,6 +105,11 @@ bench-pool: ## measure the pool beside its peers and a plain file, in memory and
 	$(TARGET_DIR)/release/examples/bench /dev/shm
 	$(TARGET_DIR)/release/examples/bench $(TARGET_DIR)
 	$(TARGET_DIR)/release/fcvm pool bench --directory /dev/shm --plot docs/design/clone-cost.svg $(BENCH_OPTIONS)
+
+.PHONY: bench-references
+bench-references: ## measure three ways to count references side by side, and show how the wrong ones fail
+	$(CARGO) run --locked --release -p reference-schemes --example explain
+	$(CARGO) run --locked --release -p reference-schemes --example measure
 
 # Under sudo nothing is built, so that no file of root's gets among the user's: 'make build' comes first.
 .PHONY: install

@@ -11,7 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
@@ -20,6 +20,7 @@ use crate::error::{PoolError, Result};
 use crate::layout::{Superblock, read_uint};
 use crate::operation::Operation;
 use crate::pool::{Pool, find_superblock, lock};
+use crate::sync::Mutex;
 
 /// Where the second area begins.
 const AREA_BYTES: u64 = 1 << 40;
@@ -33,12 +34,22 @@ const OPERATION_BYTES_MAX: usize = 1024;
 pub struct Journal {
     file: File,
     position: Mutex<Position>,
+    /// Taken after `position` where both are.
+    queue: Mutex<Queue>,
+}
+
+/// Entries that are not in the file yet.
+#[derive(Debug, Default)]
+struct Queue {
+    /// Number of the next entry.
+    number: u64,
+    bytes: Vec<u8>,
+    /// Where the entries after a checkpoint end.
+    runs: Vec<(u64, usize)>,
 }
 
 #[derive(Debug, Default)]
 struct Position {
-    /// Number of the next entry.
-    number: u64,
     end_bytes: [u64; 2],
     /// The checkpoint whose operations an area has.
     txg: [u64; 2],
@@ -61,6 +72,7 @@ impl Journal {
         Self {
             file,
             position: Mutex::default(),
+            queue: Mutex::default(),
         }
     }
 
@@ -68,32 +80,60 @@ impl Journal {
         let mut position = lock(&self.position);
         self.file.set_len(0)?;
         *position = Position::default();
+        *lock(&self.queue) = Queue::default();
         Ok(())
     }
 
-    /// Appends what was done after checkpoint `txg`, to be in log record `index`.
-    pub(crate) fn append(&self, txg: u64, index: u64, operation: &[u8]) {
-        let mut position = lock(&self.position);
-        if position.is_broken {
-            return;
+    /// Takes what was done after checkpoint `txg`, to be in log record `index`: in the order in which it was done, so under the lock
+    /// under which that is. [`Self::write`] has to follow before anybody is answered.
+    pub(crate) fn queue(&self, txg: u64, index: u64, operation: &[u8]) {
+        let mut queue = lock(&self.queue);
+        let queue = &mut *queue;
+        let (begin, first) = (queue.bytes.len(), queue.number);
+        queue.bytes.extend_from_slice(&[0; 4]);
+        queue
+            .bytes
+            .extend_from_slice(&(operation.len() as u32).to_le_bytes());
+        for number in [first, txg, index] {
+            queue.bytes.extend_from_slice(&number.to_le_bytes());
         }
-        if self
-            .append_to(&mut position, txg, index, operation)
-            .is_err()
-        {
-            // A journal with a hole would be worse than none.
-            position.is_broken = true;
-            let _ = self.file.set_len(0);
+        queue.bytes.extend_from_slice(operation);
+        let checksum = crc32c::crc32c(&queue.bytes[begin + 4..]);
+        queue.bytes[begin..begin + 4].copy_from_slice(&checksum.to_le_bytes());
+        queue.number += 1;
+        match queue.runs.last_mut() {
+            Some((known, end)) if *known == txg => *end = queue.bytes.len(),
+            _ => {
+                let end = queue.bytes.len();
+                queue.runs.push((txg, end));
+            }
         }
     }
 
-    fn append_to(
-        &self,
-        position: &mut Position,
-        txg: u64,
-        index: u64,
-        operation: &[u8],
-    ) -> io::Result<()> {
+    /// Appends all that is queued. What others queued is written with it, so that they find nothing left to do.
+    pub(crate) fn write(&self) {
+        let mut position = lock(&self.position);
+        let (all, runs) = {
+            let mut queue = lock(&self.queue);
+            let queue = &mut *queue;
+            (
+                std::mem::take(&mut queue.bytes),
+                std::mem::take(&mut queue.runs),
+            )
+        };
+        let mut begin = 0;
+        for (txg, end) in runs {
+            let bytes = &all[begin..end];
+            begin = end;
+            if !position.is_broken && self.append(&mut position, txg, bytes).is_err() {
+                // A journal with a hole would be worse than none.
+                position.is_broken = true;
+                let _ = self.file.set_len(0);
+            }
+        }
+    }
+
+    fn append(&self, position: &mut Position, txg: u64, bytes: &[u8]) -> io::Result<()> {
         let area = (txg % 2) as usize;
         let begin = area as u64 * AREA_BYTES;
         if position.txg[area] != txg {
@@ -105,19 +145,9 @@ impl Journal {
             position.txg[area] = txg;
             position.end_bytes[area] = 0;
         }
-        let mut bytes = Vec::with_capacity(HEADER + operation.len());
-        bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(&(operation.len() as u32).to_le_bytes());
-        for number in [position.number, txg, index] {
-            bytes.extend_from_slice(&number.to_le_bytes());
-        }
-        bytes.extend_from_slice(operation);
-        let checksum = crc32c::crc32c(&bytes[4..]);
-        bytes[..4].copy_from_slice(&checksum.to_le_bytes());
         self.file
-            .write_all_at(&bytes, begin + position.end_bytes[area])?;
+            .write_all_at(bytes, begin + position.end_bytes[area])?;
         position.end_bytes[area] += bytes.len() as u64;
-        position.number += 1;
         Ok(())
     }
 

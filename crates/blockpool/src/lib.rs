@@ -31,6 +31,7 @@ mod scrub;
 mod space;
 mod stream;
 mod sums;
+mod sync;
 mod txg;
 
 pub use catalog::{ObjectId, check_name};
@@ -45,6 +46,7 @@ pub use name::Name;
 pub use namespace::{DatasetOptions, Kind, Listed};
 pub use object::Object;
 pub use pool::Pool;
+pub use references::References;
 pub use replay::parse_log;
 pub use scrub::{Lost, ScrubReport};
 pub use space::{ObjectSpace, PoolSpace};

@@ -1,6 +1,6 @@
 //! Making, finding, cloning and removing datasets, objects and snapshots.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::catalog::{CHECKED, Entry, EntryKind, ObjectId};
@@ -11,6 +11,7 @@ use crate::name::Name;
 use crate::object::Object;
 use crate::operation::Operation;
 use crate::pool::{Pool, State};
+use crate::sync::RwLock;
 
 /// Leaves of a removed map that are freed while others wait.
 const REAP_STEP_LEAVES: u64 = 64;

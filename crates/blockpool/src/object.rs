@@ -4,7 +4,7 @@
 //! is written. Writes to one record are ordered by its stripe; the map is only locked to look at it and to change it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError};
 
 use crate::catalog::{CHECKED, EntryKind, ObjectId};
 use crate::error::{PoolError, Result};
@@ -15,6 +15,7 @@ use crate::operation::Operation;
 use crate::page::{RecordPointer, Slot};
 use crate::pool::{Inner, Pool};
 use crate::sums::{Row, put_sums, sum};
+use crate::sync::{RwLock, RwLockReadGuard};
 
 /// An object or a snapshot of one, open. Clones are the same object.
 #[derive(Debug, Clone)]
@@ -147,8 +148,9 @@ impl Object {
     pub fn write_at(&self, bytes: &[u8], offset_bytes: u64) -> Result<()> {
         let mut done = 0;
         let mut was_full = false;
+        let mut is_due = false;
         while done < bytes.len() {
-            match self.write_some(&bytes[done..], offset_bytes + done as u64) {
+            match self.write_some(&bytes[done..], offset_bytes + done as u64, &mut is_due) {
                 (written, Ok(())) => done += written,
                 // What was removed becomes free with a checkpoint.
                 (written, Err(PoolError::Full)) if !was_full => {
@@ -159,19 +161,31 @@ impl Object {
                 (_, Err(error)) => return Err(error),
             }
         }
-        self.pool.checkpoint_if_due()
+        if is_due {
+            self.pool.checkpoint_if_due()?;
+        }
+        Ok(())
     }
 
-    /// Writes until the end or a failure; also tells how much was written.
-    fn write_some(&self, bytes: &[u8], offset_bytes: u64) -> (usize, Result<()>) {
+    /// Writes until the end or a failure; also tells how much was written, and whether a checkpoint is due.
+    fn write_some(
+        &self,
+        bytes: &[u8],
+        offset_bytes: u64,
+        is_due: &mut bool,
+    ) -> (usize, Result<()>) {
         let inner = &*self.pool.inner;
         let _io = shared(&inner.io_gate);
         let _writer = shared(&self.gate);
         let length_bytes = bytes.len() as u64;
-        if let Err(error) = inner
-            .state()
-            .check_writable(self.id, offset_bytes, length_bytes)
-        {
+        // Each piece is checked as it is written. Of several none is, where the last one is out of range.
+        let is_one = offset_bytes % RECORD_BYTES + length_bytes <= RECORD_BYTES;
+        let check = || {
+            inner
+                .state()
+                .check_writable(self.id, offset_bytes, length_bytes)
+        };
+        if !is_one && let Err(error) = check() {
             return (0, Err(error));
         }
         let mut done = 0;
@@ -180,8 +194,9 @@ impl Object {
             let in_record = (at % RECORD_BYTES) as usize;
             let length = (RECORD - in_record).min(bytes.len() - done);
             let piece = &bytes[done..done + length];
-            if let Err(error) = inner.write_record(self.id, at / RECORD_BYTES, in_record, piece) {
-                return (done, Err(error));
+            match inner.write_record(self.id, at / RECORD_BYTES, in_record, piece) {
+                Ok(due) => *is_due |= due,
+                Err(error) => return (done, Err(error)),
             }
             done += length;
         }
@@ -426,8 +441,8 @@ impl Inner {
         Arc::clone(state.gates.entry(id).or_default())
     }
 
-    /// Writes inside one record. The caller holds the gate of the object and `io_gate`.
-    fn write_record(&self, id: u64, record_index: u64, at: usize, bytes: &[u8]) -> Result<()> {
+    /// Writes inside one record; true when a checkpoint is due. The caller holds the gate of the object and `io_gate`.
+    fn write_record(&self, id: u64, record_index: u64, at: usize, bytes: &[u8]) -> Result<bool> {
         let stripe = Self::stripe_of(id, record_index);
         let _only_writer = self.lock_stripe(stripe);
         let end = at + bytes.len();
@@ -435,7 +450,8 @@ impl Inner {
         let bits = block_bits(first_block, end.div_ceil(BLOCK) as u64);
         let plan = {
             let mut state = self.state();
-            state.check_running()?;
+            let offset_bytes = record_index * RECORD_BYTES + at as u64;
+            state.check_writable(id, offset_bytes, bytes.len() as u64)?;
             state.metadata.plan(id, record_index, bits)?
         };
         let mut row = Row::default();
@@ -447,19 +463,31 @@ impl Inner {
             return Err(error);
         }
         if plan.new == plan.old {
-            return Ok(());
+            return Ok(false);
         }
+        let is_due = self.commit_write(id, record_index, &plan, &row, stripe);
+        if is_due.is_err() {
+            self.give_up(&plan);
+        }
+        is_due
+    }
+
+    /// What was written becomes a part of the object; true when a checkpoint is due.
+    fn commit_write(
+        &self,
+        id: u64,
+        record_index: u64,
+        plan: &Plan,
+        row: &Row,
+        stripe: usize,
+    ) -> Result<bool> {
         let mut state = self.state();
         let slot = plan.new;
-        if let Err(error) = state.commit(&Operation::Slot {
+        state.commit_later(&Operation::Slot {
             id,
             record_index,
             slot,
-        }) {
-            drop(state);
-            self.give_up(&plan);
-            return Err(error);
-        }
+        })?;
         let fresh = match plan.is_new {
             true => plan.new.front.map,
             false => plan.new.front.map & !plan.old.front.map,
@@ -473,9 +501,15 @@ impl Inner {
         if plan.is_checked {
             let sums = row.iter().copied().filter(|sum| *sum != 0).collect();
             let (record, map) = (plan.target, plan.new.front.map);
-            state.commit(&Operation::Sums { record, map, sums })?;
+            state.commit_later(&Operation::Sums { record, map, sums })?;
         }
-        Ok(())
+        let is_due = state.is_checkpoint_due();
+        let journal = state.journal.clone();
+        drop(state);
+        if let Some(journal) = journal {
+            journal.write();
+        }
+        Ok(is_due)
     }
 
     /// Reads what is in one place and compares it with what is known of it.
@@ -629,6 +663,7 @@ impl Inner {
         let zeros = [0; BLOCK];
         let length = (end_bytes - begin_bytes) as usize;
         let at = (begin_bytes % RECORD_BYTES) as usize;
-        self.write_record(id, record_index, at, &zeros[..length])
+        self.write_record(id, record_index, at, &zeros[..length])?;
+        Ok(())
     }
 }

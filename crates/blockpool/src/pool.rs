@@ -6,8 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
 use crate::allocator::Allocator;
 use crate::catalog::Catalog;
@@ -20,6 +19,7 @@ use crate::operation::Operation;
 use crate::page::PAYLOAD;
 use crate::references::References;
 use crate::sums::Sums;
+use crate::sync::{AtomicU64, Mutex, MutexGuard, RwLock};
 use crate::txg::{LogPosition, Pending};
 
 /// Locks that order writes to one record of an object.
@@ -51,6 +51,15 @@ impl State {
 
     /// Does an operation and queues it for the log.
     pub(crate) fn commit(&mut self, operation: &Operation) -> Result<()> {
+        self.commit_later(operation)?;
+        if let Some(journal) = &self.journal {
+            journal.write();
+        }
+        Ok(())
+    }
+
+    /// As [`Self::commit`], for who has the journal written when the lock is given back, and answers nobody before.
+    pub(crate) fn commit_later(&mut self, operation: &Operation) -> Result<()> {
         self.check_running()?;
         let result = self.metadata.apply(operation);
         match &result {
@@ -59,7 +68,7 @@ impl State {
                 operation.encode(&mut self.pending.operations);
                 if let Some(journal) = &self.journal {
                     let bytes = &self.pending.operations[begin..];
-                    journal.append(self.metadata.txg - 1, self.log_index, bytes);
+                    journal.queue(self.metadata.txg - 1, self.log_index, bytes);
                 }
             }
             // It may be half done: what the log says is not what is in memory any more.

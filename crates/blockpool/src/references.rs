@@ -19,9 +19,10 @@ struct Leaf {
     nonzero_count: u32,
 }
 
-/// See the module.
-#[derive(Debug, Default)]
-pub(crate) struct References {
+/// Counts of references by address: of what has more than one. Public so that it can be checked and measured beside other
+/// ways to count (`crates/reference-schemes`); a pool's own is not reached from outside.
+#[derive(Debug, Clone, Default)]
+pub struct References {
     leaves: Vec<Option<Leaf>>,
     dirty_leaves: BTreeSet<u64>,
     /// What is counted more than once.
@@ -37,7 +38,7 @@ fn position(index: u64) -> (usize, usize) {
 
 impl References {
     /// References beyond the first.
-    pub(crate) fn extra(&self, index: u64) -> u32 {
+    pub fn extra(&self, index: u64) -> u32 {
         let (leaf, at) = position(index);
         match self.leaves.get(leaf) {
             Some(Some(leaf)) => leaf.counts[at],
@@ -46,7 +47,11 @@ impl References {
     }
 
     /// Adds one.
-    pub(crate) fn add(&mut self, index: u64) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// There are 2^32 already.
+    pub fn add(&mut self, index: u64) -> Result<()> {
         let (leaf_index, at) = position(index);
         if leaf_index >= self.leaves.len() {
             self.leaves.resize(leaf_index + 1, None);
@@ -66,7 +71,7 @@ impl References {
     }
 
     /// Drops one; false when there was none beyond the first.
-    pub(crate) fn drop_one(&mut self, index: u64) -> bool {
+    pub fn drop_one(&mut self, index: u64) -> bool {
         let (leaf_index, at) = position(index);
         let Some(Some(leaf)) = self.leaves.get_mut(leaf_index) else {
             return false;
@@ -99,7 +104,7 @@ impl References {
     }
 
     /// All that are not zero, in order.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, u32)> {
+    pub fn iter(&self) -> impl Iterator<Item = (u64, u32)> {
         self.leaves
             .iter()
             .enumerate()
@@ -117,7 +122,7 @@ impl References {
     }
 
     /// Bytes of memory that the counts take.
-    pub(crate) fn memory_bytes(&self) -> u64 {
+    pub fn memory_bytes(&self) -> u64 {
         let leaf_count = self.leaves.iter().flatten().count();
         (leaf_count * 4 * COUNTS + self.leaves.len() * size_of::<Option<Leaf>>()) as u64
     }
@@ -143,7 +148,7 @@ impl References {
     }
 
     /// The payload of a leaf; none where it would be zeros.
-    pub(crate) fn save_leaf(&self, leaf_index: u64) -> Option<Box<[u8; PAYLOAD]>> {
+    pub fn save_leaf(&self, leaf_index: u64) -> Option<Box<[u8; PAYLOAD]>> {
         let leaf = self.leaves.get(leaf_index as usize)?.as_ref()?;
         let mut payload = Box::new([0; PAYLOAD]);
         for (count, bytes) in leaf.counts.iter().zip(payload.chunks_mut(4)) {
@@ -153,12 +158,12 @@ impl References {
     }
 
     /// A leaf that is out of date.
-    pub(crate) fn first_dirty(&self) -> Option<u64> {
+    pub fn first_dirty(&self) -> Option<u64> {
         self.dirty_leaves.first().copied()
     }
 
     /// A leaf is not out of date any more.
-    pub(crate) fn set_clean(&mut self, leaf: u64) {
+    pub fn set_clean(&mut self, leaf: u64) {
         self.dirty_leaves.remove(&leaf);
     }
 

@@ -98,12 +98,7 @@ impl Pool {
 
     /// A checkpoint if much waits for one.
     pub(crate) fn checkpoint_if_due(&self) -> Result<()> {
-        let is_due = {
-            let state = self.inner.state();
-            let log_bytes = state.metadata.log_records * crate::layout::RECORD_BYTES;
-            state.metadata.dirty.len() > DIRTY_PAGES_MAX
-                || state.pending.operations.len() as u64 > log_bytes / 2
-        };
+        let is_due = self.inner.state().is_checkpoint_due();
         if is_due { self.checkpoint() } else { Ok(()) }
     }
 }
@@ -270,6 +265,13 @@ impl Inner {
 }
 
 impl State {
+    /// Whether much waits for a checkpoint.
+    pub(crate) fn is_checkpoint_due(&self) -> bool {
+        let log_bytes = self.metadata.log_records * RECORD_BYTES;
+        self.metadata.dirty.len() > DIRTY_PAGES_MAX
+            || self.pending.operations.len() as u64 > log_bytes / 2
+    }
+
     fn prepare(&mut self) -> Result<Prepared> {
         let metadata = &mut self.metadata;
         metadata.store_leaves()?;

@@ -24,7 +24,7 @@ const COMPOSER: &str = "fcvm";
 /// The guest's side: sees data types and protocol, never what runs on the host.
 const AGENT: &str = "fc-agent";
 /// Tools of the project, which the product never sees: they may look at engines.
-const TOOLS: [&str; 2] = ["fcvm-bench", "xtask"];
+const TOOLS: [&str; 3] = ["fcvm-bench", "reference-schemes", "xtask"];
 
 /// Libraries that only some crates may use.
 const RESTRICTED: [(&str, &[&str]); 5] = [
