@@ -113,7 +113,7 @@ impl FileSystem {
             opcode::OPEN => open(&*node()?, arguments),
             opcode::OPENDIR => {
                 let mut reply = Reply::default();
-                put_open(&mut reply);
+                put_open(&mut reply, 0);
                 Ok(Some(reply))
             }
             opcode::WRITE => self.write(&*node()?, arguments),
@@ -218,8 +218,11 @@ impl FileSystem {
         if node.is_snapshot {
             return Err(Errno::PERM);
         }
-        self.grow(node, object, end)?;
-        let written = object.write_at(bytes, offset_bytes);
+        let mut written = object.write_at(bytes, offset_bytes);
+        if matches!(written, Err(PoolError::OutOfRange { .. })) {
+            self.grow(node, object, end)?;
+            written = object.write_at(bytes, offset_bytes);
+        }
         node.touch();
         written.map_err(errno)?;
         let mut reply = Reply::default();
@@ -359,7 +362,7 @@ fn open(node: &Node, mut arguments: Arguments<'_>) -> Answer {
         node.memory().may_be_mapped = true;
     }
     let mut reply = Reply::default();
-    put_open(&mut reply);
+    put_open(&mut reply, flags);
     Ok(Some(reply))
 }
 

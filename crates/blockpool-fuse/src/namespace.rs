@@ -130,7 +130,7 @@ impl FileSystem {
         node.memory().may_be_mapped = true;
         let mut reply = Reply::default();
         self.put_entry(&node, &mut reply)?;
-        put_open(&mut reply);
+        put_open(&mut reply, flags);
         Ok(Some(reply))
     }
 
@@ -292,7 +292,12 @@ impl FileSystem {
 }
 
 /// What an opened file is to the kernel. Its handle is 0: the node says all.
-pub(crate) fn put_open(reply: &mut Reply) {
-    let flags = open::KEEP_CACHE | open::NOFLUSH | open::PARALLEL_DIRECT_WRITES;
+///
+/// Who asks for direct I/O gets it from the file system too: only then does the kernel send writes of one file side by side.
+pub(crate) fn put_open(reply: &mut Reply, asked_flags: u32) {
+    let mut flags = open::KEEP_CACHE | open::NOFLUSH | open::PARALLEL_DIRECT_WRITES;
+    if asked_flags & rustix::fs::OFlags::DIRECT.bits() != 0 {
+        flags |= open::DIRECT_IO;
+    }
     reply.u64(0).u32(flags).u32(0);
 }

@@ -99,7 +99,7 @@ fn answer(request: Request<'_>, file: &File) -> Result<Reply, Errno> {
             reply.u64(60).u32(0).u32(0);
             attributes(request.node, file).map_err(io)?.put(&mut reply);
         }
-        opcode::OPEN | opcode::OPENDIR => put_open(&mut reply),
+        opcode::OPEN | opcode::OPENDIR => put_open(&mut reply, arguments.u32().unwrap_or(0)),
         opcode::READ | opcode::WRITE => {
             arguments.u64().ok_or(Errno::INVAL)?;
             let offset_bytes = arguments.u64().ok_or(Errno::INVAL)?;
