@@ -75,7 +75,9 @@ fn mounted(context: &Context) -> anyhow::Result<PathBuf> {
         if !pool.exists() {
             make(&pool)?;
         }
-        let mount = mount::Mount::new(&pool, &directory, false)?;
+        // Each write is sent: one that the kernel gathers is answered before there is room for it, and lost where there is
+        // none. So the hypervisor learns of it in time, and the VM waits.
+        let mount = mount::Mount::new(&pool, &directory, true)?;
         mount
             .start(context)
             .context("cannot mount the pool for disks")?;

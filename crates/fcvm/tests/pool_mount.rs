@@ -3,7 +3,7 @@
 #![allow(missing_docs, reason = "a test program has no users")]
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -624,4 +624,48 @@ fn refusals_name_what_to_do() {
     let output = lab.pool(&["--pool", "/nowhere/pool", "mount", second.to_str().unwrap()]);
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("there is no pool /nowhere/pool"), "{said}");
+}
+
+/// Waits until the table of mounts says so.
+fn wait_for_mounts(is_it: impl Fn(&str) -> bool) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    // The kernel tells of each change of what was opened before it.
+    let mut table = File::open("/proc/self/mounts").unwrap();
+    let deadline = Instant::now() + Duration::from_secs(240);
+    loop {
+        let mut mounts = String::new();
+        table.rewind().unwrap();
+        table.read_to_string(&mut mounts).unwrap();
+        if is_it(&mounts) {
+            return;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        assert!(!left.is_zero(), "waited in vain: {mounts}");
+        let left = Timespec::try_from(left).unwrap();
+        let _ = poll(&mut [PollFd::new(&table, PollFlags::PRI)], Some(&left));
+    }
+}
+
+#[test]
+fn an_interrupted_bench_leaves_nothing() {
+    let Some(lab) = Lab::new() else { return };
+    let home = lab.directory.path().join("bench");
+    fs::create_dir(&home).unwrap();
+    let own = home.to_str().unwrap();
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_fcvm"))
+        .args(["pool", "bench", "--clone-size", "16m", "--rounds", "100000"])
+        .args(["--directory", own])
+        .env("FCVM_DATA_DIR", lab.directory.path().join("data"))
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let count = |mounts: &str| mounts.lines().filter(|line| line.contains(own)).count();
+    // The pool's and the bare one; where this is root, loops may be there, too.
+    wait_for_mounts(|mounts| count(mounts) >= 2);
+    let process = rustix::process::Pid::from_child(&bench);
+    rustix::process::kill_process(process, rustix::process::Signal::INT).unwrap();
+    assert_eq!(bench.wait().unwrap().code(), Some(130));
+    assert_eq!(count(&fs::read_to_string("/proc/self/mounts").unwrap()), 0);
+    assert_eq!(fs::read_dir(&home).unwrap().count(), 0);
+    lab.unmount();
 }

@@ -144,7 +144,7 @@ fn a_vm_waits_while_the_host_has_no_space_for_its_disk() {
     let Some(disk) = SmallDisk::mount(&lab, "small", "96m") else {
         return;
     };
-    symlink(&disk.0, lab.data.join("disks")).unwrap();
+    symlink(&disk.0, lab.data.join(lab.disks())).unwrap();
     lab.idle_vm(
         "box",
         &["--privileged", "--network", "none", "--disk-size", "200m"],

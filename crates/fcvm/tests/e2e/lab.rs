@@ -142,6 +142,14 @@ impl Lab {
         path
     }
 
+    /// The directory below the data directory that disks of VMs are in.
+    pub(crate) fn disks(&self) -> &'static str {
+        match self.disk_store.as_deref() {
+            Some("pool") => "pool",
+            _ => "disks",
+        }
+    }
+
     /// Writes a file of the lab's own.
     pub(crate) fn write(&self, name: &str, content: impl AsRef<[u8]>) -> String {
         let path = self.file(name);

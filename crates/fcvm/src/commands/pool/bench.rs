@@ -4,6 +4,7 @@
 
 mod plot;
 mod subjects;
+mod targets;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use blockpool::RECORD_BYTES;
+use blockpool::{RECORD_BYTES, References};
 use fcvm_types::ByteSize;
 use serde_json::json;
 
@@ -25,7 +26,9 @@ use subjects::{Lab, Subject};
 const BLOCK: usize = 4096;
 /// Writes on their way at once.
 const WRITERS: u64 = 8;
-const FLUSHES: u64 = 200;
+const FLUSHES: usize = 200;
+/// Blocks whose references are counted.
+const REFERENCES: u64 = 10_000_000;
 /// Blocks of a sparse file whose clones are timed against its size.
 const EXTENTS_MAX: u64 = 4096;
 
@@ -176,6 +179,7 @@ pub(crate) fn run(context: &Context, arguments: &BenchArguments) -> anyhow::Resu
         "ms",
         open_s * 1e3,
     );
+    measure_references(&mut figures)?;
     let curves = match &arguments.plot {
         Some(path) => Some((path, measure_sizes(&lab)?)),
         None => None,
@@ -238,29 +242,72 @@ fn measure_bare(lab: &Lab, offsets: &[u64], figures: &mut Figures) -> anyhow::Re
     Ok(())
 }
 
+/// Writes a block at each offset, each with a flush; how many a second.
+fn flushes(
+    offsets: &[u64],
+    write: impl Fn(&[u8], u64) -> anyhow::Result<()>,
+) -> anyhow::Result<f64> {
+    let offsets = &offsets[..offsets.len().min(FLUSHES)];
+    let (spent_s, ()) = seconds(|| {
+        offsets
+            .iter()
+            .try_for_each(|offset| write(&[1; BLOCK], *offset))
+    })?;
+    Ok(offsets.len() as f64 / spent_s)
+}
+
+/// The first pass over a clone has new places to write, the second one has not.
 fn measure_flushes(lab: &Lab, offsets: &[u64], figures: &mut Figures) -> anyhow::Result<()> {
-    let mut flushes = |name: &str, path: &Path| -> anyhow::Result<()> {
-        let file = File::options().write(true).open(path)?;
-        let offsets = &offsets[..offsets.len().min(FLUSHES as usize)];
-        let (spent_s, ()) = seconds(|| {
-            offsets.iter().try_for_each(|offset| {
-                file.write_all_at(&[1; BLOCK], *offset)?;
-                Ok(file.sync_data()?)
-            })
-        })?;
-        figures.add(
-            name,
-            "write and fdatasync",
-            "/s",
-            offsets.len() as f64 / spent_s,
-        );
-        Ok(())
+    let mut twice = |name: &str, write: &dyn Fn(&[u8], u64) -> anyhow::Result<()>| {
+        for figure in ["first write and fdatasync", "write and fdatasync"] {
+            figures.add(name, figure, "/s", flushes(offsets, write)?);
+        }
+        anyhow::Ok(())
     };
-    flushes("raw file", &lab.raw())?;
+    let in_file = |file: File| {
+        move |bytes: &[u8], at| {
+            file.write_all_at(bytes, at)?;
+            Ok(file.sync_data()?)
+        }
+    };
+    let open = |path: &Path| File::options().write(true).open(path);
+    twice("raw file", &in_file(open(&lab.raw())?))?;
+    let name = "set/flushed".parse()?;
+    let object = lab.pool().clone_object(&"set/base".parse()?, &name)?;
+    twice("pool", &|bytes, at| {
+        object.write_at(bytes, at)?;
+        Ok(object.flush()?)
+    })?;
+    lab.pool().destroy(&name, false)?;
     if lab.has_mount() {
         let clone = lab.clone(Subject::PoolMount, "base", "flushed")?;
-        flushes("pool, mounted", &clone)?;
+        twice("pool, mounted", &in_file(open(&clone)?))?;
         std::fs::remove_file(clone)?;
+    }
+    Ok(())
+}
+
+/// Bytes of the reference table for each block, where neighbours are shared.
+fn measure_references(figures: &mut Figures) -> anyhow::Result<()> {
+    let mut references = References::default();
+    for address in 0..REFERENCES {
+        references.add(address)?;
+    }
+    let mut leaf_count = 0;
+    while let Some(leaf) = references.first_dirty() {
+        leaf_count += u64::from(references.save_leaf(leaf).is_some());
+        references.set_clean(leaf);
+    }
+    // A leaf is a page, and 254 of them have an inner one.
+    let disk_bytes = (leaf_count + leaf_count.div_ceil(254)) * BLOCK as u64;
+    for (name, bytes) in [
+        (
+            "memory of a reference, 10 million",
+            references.memory_bytes(),
+        ),
+        ("disk of a reference, 10 million", disk_bytes),
+    ] {
+        figures.add("pool", name, "B", bytes as f64 / REFERENCES as f64);
     }
     Ok(())
 }
@@ -341,6 +388,30 @@ fn measure_sizes(lab: &Lab) -> anyhow::Result<Vec<plot::Curve>> {
     Ok(curves)
 }
 
+fn row(figure: &Figure, all: &[Figure]) -> Vec<String> {
+    let (median, least, most) = spread(&figure.values);
+    let number = |value: f64| match value {
+        value if value >= 100.0 => format!("{value:.0}"),
+        value if value >= 1.0 => format!("{value:.2}"),
+        value => format!("{value:.4}"),
+    };
+    let verdict = targets::verdict(figure, all);
+    let target = verdict.as_ref().map_or_else(String::new, |verdict| {
+        let sign = if verdict.is_most { "<=" } else { ">=" };
+        format!("{sign} {}", number(verdict.target))
+    });
+    let verdict = verdict.map_or("", |verdict| if verdict.is_met { "met" } else { "missed" });
+    vec![
+        figure.name.to_owned(),
+        figure.subject.clone(),
+        number(median),
+        figure.unit.to_owned(),
+        format!("{} to {}", number(least), number(most)),
+        target,
+        verdict.to_owned(),
+    ]
+}
+
 fn show(
     lab: &Lab,
     directory: &Path,
@@ -356,8 +427,13 @@ fn show(
             .iter()
             .map(|figure| {
                 let (median, least, most) = spread(&figure.values);
+                let verdict = targets::verdict(figure, &figures.0);
+                let verdict = verdict.map(|verdict| {
+                    let bound = if verdict.is_most { "most" } else { "least" };
+                    json!({ "bound": bound, "value": verdict.target, "is_met": verdict.is_met })
+                });
                 json!({ "subject": figure.subject, "name": figure.name, "unit": figure.unit,
-                        "median": median, "least": least, "most": most })
+                        "median": median, "least": least, "most": most, "target": verdict })
             })
             .collect();
         let curves = curves.map(|curves| {
@@ -373,22 +449,11 @@ fn show(
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
-    let rows = figures.0.iter().map(|figure| {
-        let (median, least, most) = spread(&figure.values);
-        let number = |value: f64| match value {
-            value if value >= 100.0 => format!("{value:.0}"),
-            value if value >= 1.0 => format!("{value:.2}"),
-            value => format!("{value:.4}"),
-        };
-        vec![
-            figure.name.to_owned(),
-            figure.subject.clone(),
-            number(median),
-            figure.unit.to_owned(),
-            format!("{} to {}", number(least), number(most)),
-        ]
-    });
-    let mut rows: Vec<Vec<String>> = rows.collect();
+    let mut rows: Vec<Vec<String>> = figures
+        .0
+        .iter()
+        .map(|figure| row(figure, &figures.0))
+        .collect();
     let order: Vec<String> = rows.iter().map(|row| row[0].clone()).collect();
     rows.sort_by_key(|row| order.iter().position(|name| *name == row[0]));
     println!(
@@ -399,7 +464,9 @@ fn show(
         directory.display()
     );
     table(
-        &["FIGURE", "OF", "MEDIAN", "UNIT", "SPREAD"],
+        &[
+            "FIGURE", "OF", "MEDIAN", "UNIT", "SPREAD", "TARGET", "VERDICT",
+        ],
         rows.into_iter(),
     );
     lab.left_out()

@@ -4,12 +4,13 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use blockpool::{FileDisk, Pool};
 use rustix::fs::OFlags;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::super::mount::Mount;
 use crate::context::Context;
@@ -60,9 +61,68 @@ struct Loop {
     directory: PathBuf,
 }
 
+/// What has to be taken away, whether the bench ends or is interrupted.
+#[derive(Default)]
+struct Leftovers {
+    helper: Option<PathBuf>,
+    fuse: Vec<PathBuf>,
+    loops: Vec<PathBuf>,
+    home: PathBuf,
+}
+
+impl Leftovers {
+    fn unmount(&mut self) {
+        for directory in self.loops.drain(..) {
+            let _ = Command::new("umount").arg("-l").arg(directory).status();
+        }
+        let Some(helper) = &self.helper else { return };
+        for directory in self.fuse.drain(..) {
+            let _ = blockpool_fuse::unmount(helper, &directory, true);
+        }
+    }
+}
+
+/// Nothing is half done under it when a thread panics.
+fn lock(leftovers: &Mutex<Leftovers>) -> MutexGuard<'_, Leftovers> {
+    leftovers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whoever interrupts the bench shall not have to unmount what it mounted.
+fn watch_signals(leftovers: Arc<Mutex<Leftovers>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let (ready, is_ready) = mpsc::channel();
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            let (Ok(mut interrupt), Ok(mut terminate)) = (
+                signal(SignalKind::interrupt()),
+                signal(SignalKind::terminate()),
+            ) else {
+                return;
+            };
+            let _ = ready.send(());
+            let code = tokio::select! {
+                _ = interrupt.recv() => 128 + 2,
+                _ = terminate.recv() => 128 + 15,
+            };
+            // Held to the end: nothing is mounted any more.
+            let mut leftovers = lock(&leftovers);
+            leftovers.unmount();
+            // Under another name, so that the bench finds nowhere to make more.
+            let gone = leftovers.home.with_extension("gone");
+            let _ = fs::rename(&leftovers.home, &gone);
+            let _ = fs::remove_dir_all(gone);
+            std::process::exit(code);
+        });
+    });
+    is_ready.recv().context("cannot wait for signals")
+}
+
 /// All subjects.
 pub(super) struct Lab {
     home: tempdir::Directory,
+    leftovers: Arc<Mutex<Leftovers>>,
     helper: Option<PathBuf>,
     qemu_img: Option<PathBuf>,
     pool: Pool,
@@ -83,6 +143,10 @@ mod tempdir {
             let path = parent.join(format!("fcvm-pool-bench-{}", std::process::id()));
             std::fs::create_dir_all(&path)?;
             Ok(Self(path))
+        }
+
+        pub(in super::super) fn path(&self) -> &Path {
+            &self.0
         }
 
         pub(in super::super) fn join(&self, name: &str) -> PathBuf {
@@ -144,6 +208,12 @@ impl Lab {
     pub(super) fn new(context: &Context, parent: &Path, size_bytes: u64) -> anyhow::Result<Self> {
         let home = tempdir::Directory::new(parent)
             .with_context(|| format!("cannot use {}", parent.display()))?;
+        let leftovers = Arc::new(Mutex::new(Leftovers {
+            helper: context.find_program("fusermount3"),
+            home: home.path().to_owned(),
+            ..Leftovers::default()
+        }));
+        watch_signals(Arc::clone(&leftovers))?;
         let disk = FileDisk::create(&home.join("pool.img"), POOL_BYTES)?;
         let pool = Pool::create(Arc::new(disk), POOL_BYTES, [1; 16])?;
         pool.create_dataset(&"set".parse()?)?;
@@ -151,6 +221,7 @@ impl Lab {
             helper: context.find_program("fusermount3"),
             qemu_img: context.find_program("qemu-img"),
             home,
+            leftovers,
             pool,
             mount: None,
             bare: None,
@@ -186,6 +257,14 @@ impl Lab {
         Ok(lab)
     }
 
+    /// Mounts something. An interruption comes before it or when it is noted.
+    fn mounts<T>(
+        &self,
+        mount: impl FnOnce(&mut Leftovers) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        mount(&mut lock(&self.leftovers))
+    }
+
     fn mount_both(&mut self, context: &Context) -> anyhow::Result<()> {
         let Some(helper) = self.helper.clone() else {
             bail!("fusermount3 is missing: install the package fuse3");
@@ -202,7 +281,10 @@ impl Lab {
             ..context.clone()
         };
         // As every other file system here: what is written goes to it at once.
-        Mount::new(&mounted_pool, &directory, true)?.start(&context)?;
+        self.mounts(|leftovers| {
+            leftovers.fuse.push(directory.clone());
+            Mount::new(&mounted_pool, &directory, true)?.start(&context)
+        })?;
         fs::create_dir(directory.join("set"))?;
         self.mount = Some(Served {
             directory,
@@ -210,7 +292,14 @@ impl Lab {
         });
         let directory = self.home.join("bare");
         fs::create_dir(&directory)?;
-        let device = blockpool_fuse::mount(&helper, "fcvm-bare-bench", &directory)?;
+        let device = self.mounts(|leftovers| {
+            leftovers.fuse.push(directory.clone());
+            Ok(blockpool_fuse::mount(
+                &helper,
+                "fcvm-bare-bench",
+                &directory,
+            )?)
+        })?;
         let server = Command::new("/proc/self/exe")
             .args(["pool", "serve-bare", "--pool"])
             .arg(self.raw())
@@ -248,7 +337,11 @@ impl Lab {
         let directory = self.home.join(kind);
         fs::create_dir(&directory)?;
         let place = directory.to_str().context("a path that is no text")?;
-        tool(Path::new("mount"), &["-o", "loop", &image, place])?;
+        self.mounts(|leftovers| {
+            tool(Path::new("mount"), &["-o", "loop", &image, place])?;
+            leftovers.loops.push(directory.clone());
+            Ok(())
+        })?;
         self.loops.push(Loop { subject, directory });
         Ok(())
     }
@@ -427,15 +520,8 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        for found in &self.loops {
-            let _ = Command::new("umount")
-                .arg("-l")
-                .arg(&found.directory)
-                .status();
-        }
-        let Some(helper) = &self.helper else { return };
+        lock(&self.leftovers).unmount();
         for served in [&mut self.mount, &mut self.bare].into_iter().flatten() {
-            let _ = blockpool_fuse::unmount(helper, &served.directory, true);
             if let Some(server) = &mut served.server {
                 let _ = server.wait();
             }
