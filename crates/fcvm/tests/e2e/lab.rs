@@ -460,9 +460,10 @@ impl Lab {
     #[track_caller]
     pub(crate) fn finish(self) {
         assert_eq!(self.ok(&["ls", "-a", "-q"]), "", "VMs are left");
+        // What ends by itself has its files open until it has.
+        self.wait_for_no_process();
         let pool = self.data.join("pool/mnt");
         if pool.is_dir() {
-            // Nobody has a file open there any more.
             self.ok(&["pool", "unmount", pool.to_str().unwrap()]);
         }
         wait_for_none(|| self.all_processes());
