@@ -109,7 +109,7 @@ impl Drive {
 pub(super) struct NetworkInterface {
     pub(super) iface_id: &'static str,
     guest_mac: String,
-    host_dev_name: String,
+    pub(super) host_dev_name: String,
 }
 
 impl NetworkInterface {

@@ -36,7 +36,7 @@ const API_NAME: &str = "api";
 /// How long Firecracker may take until it answers. It takes 10 ms on an idle host.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take to do what it is told. It gives itself 30 s to hear from its processors.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(35);
+pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(35);
 /// How long an end that has begun may take.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -44,7 +44,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct FirecrackerVm {
     helper: HelperProcess,
-    api: ApiClient,
+    pub(super) api: ApiClient,
     agent: Option<UnixListener>,
     version: Version,
     _directory: Directory,
@@ -65,7 +65,7 @@ impl Launch for Firecracker {
 
 impl Firecracker {
     /// Starts the process, which knows nothing of its VM yet.
-    async fn spawn(&self, spec: HardwareSpec) -> Result<FirecrackerVm, HypervisorError> {
+    pub(super) async fn spawn(&self, spec: HardwareSpec) -> Result<FirecrackerVm, HypervisorError> {
         let directory = Directory::create(self.directory())
             .map_err(setup_failed("the directory of the hypervisor's sockets"))?;
         let agent = directory
@@ -152,7 +152,7 @@ struct Plan {
 impl Plan {
     /// Refuses what Firecracker would refuse, before it is started.
     fn new(hardware: &HardwareSpec, boot: &BootSpec) -> Result<Self, HypervisorError> {
-        check(hardware)?;
+        check(hardware, MemoryMapping::Shared)?;
         check_file(&boot.kernel, "the kernel")?;
         if let Some(path) = &boot.initramfs {
             check_file(path, "the initramfs")?;
@@ -201,7 +201,11 @@ async fn put(api: &ApiClient, path: &str, body: &impl Serialize) -> Result<(), H
     api.put(path, body, COMMAND_TIMEOUT).await
 }
 
-fn check(hardware: &HardwareSpec) -> Result<(), HypervisorError> {
+/// Refuses hardware that Firecracker cannot have, and memory that is not mapped as it has to be.
+pub(super) fn check(
+    hardware: &HardwareSpec,
+    mapping: MemoryMapping,
+) -> Result<(), HypervisorError> {
     check_hardware(hardware, CPU_COUNT_MAX)?;
     let refuse = |what: &str, reason: String| {
         Err(HypervisorError::InvalidSpec {
@@ -212,11 +216,17 @@ fn check(hardware: &HardwareSpec) -> Result<(), HypervisorError> {
     if hardware.accelerator != Accelerator::Kvm {
         return refuse("emulated instructions", format!("{NAME} needs KVM"));
     }
-    if hardware.memory.mapping() != MemoryMapping::Shared {
-        return refuse(
-            "the memory of another",
-            "what boots has memory of its own".to_owned(),
-        );
+    if hardware.memory.mapping() != mapping {
+        return match mapping {
+            MemoryMapping::Shared => refuse(
+                "the memory of another",
+                "what boots has memory of its own".to_owned(),
+            ),
+            MemoryMapping::CopyOnWrite => refuse(
+                "memory that it shares",
+                "what starts from saved state has a private view of the memory".to_owned(),
+            ),
+        };
     }
     Ok(())
 }
@@ -277,7 +287,7 @@ impl FirecrackerVm {
     }
 
     /// The reason why a VM did not start: that the process ended tells more than a lost connection.
-    async fn explain(self, error: HypervisorError) -> HypervisorError {
+    pub(super) async fn explain(self, error: HypervisorError) -> HypervisorError {
         if !matches!(error, HypervisorError::Disconnected { .. }) {
             return error;
         }

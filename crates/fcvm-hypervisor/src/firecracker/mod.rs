@@ -1,8 +1,8 @@
 //! Firecracker.
 //!
 //! The bodies of the requests, with the reasons for them, are in `configuration.rs`; starting and
-//! watching the process in `launch.rs`; the control channel (HTTP over a Unix socket) in `api.rs`;
-//! finding the program in `probe.rs`; released programs in `release.rs`.
+//! watching the process in `launch.rs`; snapshots in `snapshot.rs`; the control channel (HTTP over a
+//! Unix socket) in `api.rs`; finding the program in `probe.rs`; released programs in `release.rs`.
 //!
 //! What a VM is made of reaches Firecracker as descriptors all the same: the paths that it is told
 //! are links in the VM's own directory that lead to its inherited descriptors, so that disks need
@@ -17,9 +17,11 @@ mod configuration;
 mod launch;
 mod probe;
 pub mod release;
+mod snapshot;
 
 pub use launch::FirecrackerVm;
 pub use probe::{Firecracker, MINIMUM_VERSION};
+pub use snapshot::{FirecrackerStandby, MemoryBackend, SavedMemory, SnapshotFiles};
 
 /// The hypervisor's name in messages.
 const NAME: &str = "Firecracker";

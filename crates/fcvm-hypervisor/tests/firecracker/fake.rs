@@ -147,7 +147,9 @@ impl Machine {
                 self.misbehave(&mut stream);
                 continue;
             }
-            match self.answer(&method, &path, &body) {
+            let answer = self.answer(&method, &path, &body);
+            let fatal = answer.is_err() && request == "PUT /snapshot/load";
+            match answer {
                 Ok(None) => respond(&mut stream, "204 No Content", ""),
                 Ok(Some(value)) => respond(&mut stream, "200 OK", &value.to_string()),
                 Err(fault) => respond(
@@ -155,6 +157,10 @@ impl Machine {
                     "400 Bad Request",
                     &json!({ "fault_message": fault }).to_string(),
                 ),
+            }
+            if fatal {
+                // What was half loaded cannot be taken back.
+                std::process::exit(1);
             }
         }
     }
@@ -198,9 +204,11 @@ impl Machine {
         match (method, parts.as_slice()) {
             ("PUT", ["actions"]) => self.act(&body),
             ("PATCH", ["vm"]) => self.change_state(&body),
+            ("PUT", ["snapshot", "create"]) => self.create_snapshot(&body),
             ("PUT", _) if self.state != State::NotStarted => {
                 Err("The requested operation is not supported after starting the microVM.".into())
             }
+            ("PUT", ["snapshot", "load"]) => self.load_snapshot(&body),
             ("PUT", ["machine-config"]) => self.machine(&body),
             ("PUT", ["boot-source"]) => self.boot_source(&body),
             ("PUT", ["drives", id]) => self.drive(id, &body),
@@ -354,10 +362,85 @@ impl Machine {
     /// The guest's agent connects to the host.
     fn connect_agent(&mut self) {
         if self.vsock.is_some() {
-            let mut stream = UnixStream::connect("vsock_5252").unwrap();
-            stream.write_all(AGENT_TEXT).unwrap();
-            self.agent = Some(stream);
+            // Refused where the owner does not wait for the agent any more.
+            self.agent = UnixStream::connect("vsock_5252").ok();
+            if let Some(stream) = &mut self.agent {
+                stream.write_all(AGENT_TEXT).unwrap();
+            }
         }
+    }
+
+    fn create_snapshot(&mut self, body: &Value) -> Answer {
+        fields(
+            body,
+            &["mem_file_path", "snapshot_path"],
+            &["snapshot_type"],
+        )?;
+        if self.state != State::Paused {
+            return Err("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running".into());
+        }
+        let memory = match text(body, "snapshot_type")? {
+            "Full" => &b"all memory"[..],
+            "Diff" => b"some memory",
+            other => {
+                return Err(format!(
+                    "unknown variant `{other}`, expected `Diff` or `Full`"
+                ));
+            }
+        };
+        let write = |field: &str, bytes: &[u8]| -> Result<(), String> {
+            fs::write(text(body, field)?, bytes).map_err(|error| {
+                format!("Create snapshot error: Cannot perform open on the snapshot backing file: {error}")
+            })
+        };
+        let configured: Vec<&str> = self.configured.iter().map(String::as_str).collect();
+        write("snapshot_path", configured.join("\n").as_bytes())?;
+        write("mem_file_path", memory)?;
+        // The guest's connections are ended.
+        self.agent = None;
+        Ok(None)
+    }
+
+    fn load_snapshot(&mut self, body: &Value) -> Answer {
+        fields(
+            body,
+            &["snapshot_path", "mem_backend"],
+            &[
+                "track_dirty_pages",
+                "resume_vm",
+                "network_overrides",
+                "vsock_override",
+            ],
+        )?;
+        if !self.configured.is_empty() {
+            return Err("Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources.".into());
+        }
+        let failed = |error: std::io::Error| {
+            format!("Load snapshot error: Failed to restore from snapshot: {error}")
+        };
+        let state = fs::read_to_string(text(body, "snapshot_path")?).map_err(failed)?;
+        if !state.starts_with("boot-source") {
+            return Err("Load snapshot error: Failed to restore from snapshot:\nFailed to load snapshot state from file: Bad magic value".into());
+        }
+        let backend = &body["mem_backend"];
+        fields(backend, &["backend_type", "backend_path"], &[])?;
+        let path = text(backend, "backend_path")?;
+        match text(backend, "backend_type")? {
+            "File" => File::open(path).map(drop).map_err(failed)?,
+            "Uffd" => UnixStream::connect(path).map(drop).map_err(failed)?,
+            other => return Err(format!("unknown variant `{other}`")),
+        }
+        // Disks and socket have the names that they had.
+        for part in state.lines() {
+            if let Some(drive) = part.strip_prefix("drives/") {
+                File::open(drive).map(drop).map_err(failed)?;
+            } else if part == "vsock" {
+                self.vsock = Some(UnixListener::bind("vsock").map_err(failed)?);
+            }
+        }
+        self.configured = state.lines().map(str::to_owned).collect();
+        self.state = State::Paused;
+        Ok(None)
     }
 
     fn change_state(&mut self, body: &Value) -> Answer {
@@ -376,6 +459,9 @@ impl Machine {
                 ));
             }
         };
+        if self.state == State::Running && self.agent.is_none() {
+            self.connect_agent();
+        }
         Ok(None)
     }
 

@@ -9,7 +9,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use fake::{Behaviour, Fault};
-use fcvm_hypervisor::firecracker::{Firecracker, FirecrackerVm};
+use fcvm_hypervisor::firecracker::{
+    Firecracker, FirecrackerStandby, FirecrackerVm, MemoryBackend, SavedMemory, SnapshotFiles,
+};
 use fcvm_hypervisor::{
     Accelerator, AgentChannel, BootSpec, DiskFormat, DiskLayer, DiskSpec, ExitCause, GuestMemory,
     HardwareSpec, HypervisorError, Launch, LaunchSpec, NetworkBackend, NetworkSpec, Pause,
@@ -394,4 +396,121 @@ async fn what_an_earlier_vm_left_is_not_taken_over() {
     let error = place.launch().await.unwrap_err();
     assert!(matches!(error, HypervisorError::Setup { .. }), "{error}");
     assert!(place.path("vm/vsock").exists());
+}
+
+fn files(place: &Place) -> SnapshotFiles {
+    SnapshotFiles {
+        state: place.path("state"),
+        memory: place.path("memory"),
+    }
+}
+
+/// Hardware of a clone of what [`Place::spec`] makes, in another directory.
+async fn prepare(place: &Place, name: &str) -> Result<FirecrackerStandby, HypervisorError> {
+    let (mut spec, _console) = place.spec();
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(128 << 20).unwrap();
+    spec.hardware.memory = GuestMemory::copy_on_write(memory.into()).unwrap();
+    Firecracker::locate(Some(&place.program), "", place.path(name))
+        .unwrap()
+        .prepare(spec.hardware)
+        .await
+}
+
+#[tokio::test]
+async fn clones_of_a_snapshot_have_their_own_channels() {
+    let place = Place::new(Behaviour::default());
+    let (spec, _console) = place.spec();
+    let vm = place.firecracker().launch(spec).await.unwrap();
+    let files = files(&place);
+    let error = vm.save(&files, SavedMemory::Full).await.unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("the device state cannot be saved: Firecracker says: "),
+        "{error}"
+    );
+    vm.pause().await.unwrap();
+    vm.save(&files, SavedMemory::Full).await.unwrap();
+    assert_eq!(fs::read(&files.memory).unwrap(), b"all memory");
+    let difference = SnapshotFiles {
+        state: place.path("state2"),
+        memory: place.path("memory2"),
+    };
+    vm.save(&difference, SavedMemory::Difference).await.unwrap();
+    assert_eq!(fs::read(&difference.memory).unwrap(), b"some memory");
+    vm.resume().await.unwrap();
+
+    let memory = MemoryBackend::File(files.memory.clone());
+    let mut clones = Vec::new();
+    for name in ["clone1", "clone2"] {
+        let standby = prepare(&place, name).await.unwrap();
+        assert!(!standby.vm().is_running().await.unwrap());
+        let mut clone = standby.load(&files.state, &memory).await.unwrap();
+        assert!(!clone.is_running().await.unwrap());
+        clone.resume().await.unwrap();
+        assert!(clone.is_running().await.unwrap());
+        let channel = clone.take_agent().unwrap();
+        assert_eq!(first_words(channel).await, fake::AGENT_TEXT);
+        clones.push(clone);
+    }
+    assert!(vm.is_running().await.unwrap());
+}
+
+#[tokio::test]
+async fn a_snapshot_that_cannot_be_loaded_ends_its_process() {
+    let place = Place::new(Behaviour::default());
+    let files = files(&place);
+    let memory = MemoryBackend::File(files.memory.clone());
+    let standby = prepare(&place, "clone").await.unwrap();
+    let error = standby.load(&files.state, &memory).await.unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::InvalidSpec { .. }),
+        "{error}"
+    );
+    assert!(!place.path("clone").exists());
+
+    fs::write(&files.memory, "memory").unwrap();
+    fs::write(&files.state, "no state").unwrap();
+    let standby = prepare(&place, "clone").await.unwrap();
+    let error = standby.load(&files.state, &memory).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the device state cannot be loaded: Firecracker says: Load snapshot error: Failed to restore from \
+         snapshot: Failed to load snapshot state from file: Bad magic value"
+    );
+    fs::write(&files.state, "boot-source\nvsock").unwrap();
+    let gone = MemoryBackend::Uffd(place.path("nobody-serves"));
+    let standby = prepare(&place, "clone").await.unwrap();
+    let error = standby.load(&files.state, &gone).await.unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::State { what: "loaded", .. }),
+        "{error}"
+    );
+    assert!(!place.path("clone").exists());
+
+    let dying = Place::faulty(Fault::Die, "PUT /snapshot/load");
+    let standby = prepare(&dying, "clone").await.unwrap();
+    let error = standby.load(&files.state, &memory).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the device state cannot be loaded: firecracker exited with status 1: Error: the fake gives up"
+    );
+}
+
+/// As it does when the process that serves its memory has died.
+#[tokio::test]
+async fn a_load_that_hangs_ends_with_the_time_limit() {
+    let place = Place::faulty(Fault::Hang, "PUT /snapshot/load");
+    let files = files(&place);
+    fs::write(&files.memory, "memory").unwrap();
+    fs::write(&files.state, "state").unwrap();
+    let standby = prepare(&place, "clone").await.unwrap();
+    let process = format!("/proc/{}", standby.vm().identity().pid);
+    tokio::time::pause();
+    let memory = MemoryBackend::File(files.memory.clone());
+    let error = standby.load(&files.state, &memory).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Timeout { .. }), "{error}");
+    assert!(!Path::new(&process).exists());
+    assert!(!place.path("clone").exists());
 }
