@@ -20,8 +20,10 @@ use crate::spec::{HardwareSpec, MemoryMapping};
 pub enum SavedMemory {
     /// All of it.
     Full,
-    /// What is not as it was in the snapshot that the VM began with or that was taken last: the pages
-    /// that the host has in memory for it. The file gets holes for the rest.
+    /// The pages that the host has in memory for the VM; the file gets holes for the rest. For a clone
+    /// these are all that the page cache has of the file it began with, written to or not: what is
+    /// its own is told by pagemap(5) instead. Firecracker's own tracking of writes is not used, as each
+    /// first write to a page would cost the guest an exit.
     Difference,
 }
 

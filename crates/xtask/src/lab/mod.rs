@@ -10,9 +10,10 @@ mod kernel;
 mod machine;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
+use cargo_metadata::Message;
 
 use kernel::LabKernel;
 use machine::Job;
@@ -69,6 +70,7 @@ fn prepare(target: &Path) -> anyhow::Result<Result<(LabKernel, Environment), Str
         Err(missing) => return Ok(Err(missing)),
     };
     let mut environment: Vec<_> = parts.map(|(name, path)| (name.to_owned(), path)).into();
+    environment.push(("LAB_DRIVER_TEST".to_owned(), driver_test()?));
     let named = std::env::var_os("FCVM_FIRECRACKER_BIN").map(PathBuf::from);
     if let Some(firecracker) = named.or_else(|| find("firecracker")) {
         environment.push(("FCVM_FIRECRACKER_BIN".to_owned(), firecracker));
@@ -87,6 +89,24 @@ fn run(
         0 => Ok(()),
         status => bail!("the checks in the lab ended with status {status}"),
     }
+}
+
+/// The program of the driver's tests, some of which need the real one.
+fn driver_test() -> anyhow::Result<PathBuf> {
+    let output = Command::new(env!("CARGO"))
+        .args(["test", "--locked", "--no-run", "-p", "fcvm-hypervisor"])
+        .args(["--test", "firecracker", "--message-format", "json"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    Message::parse_stream(output.stdout.as_slice())
+        .filter_map(Result::ok)
+        .find_map(|message| match message {
+            Message::CompilerArtifact(artifact) => artifact.executable,
+            _ => None,
+        })
+        .map(PathBuf::from)
+        .context("the driver's tests cannot be built")
 }
 
 /// A program of the search path.
