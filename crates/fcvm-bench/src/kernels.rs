@@ -14,6 +14,9 @@ const PROFILE: &str = "guest-min";
 const CPU_RATIO: f64 = 0.4;
 const PACKAGED: &str = "packaged";
 
+/// One figure of each run.
+type Figure = fn(&Taken) -> Vec<f64>;
+
 /// What is measured with one kernel.
 struct Taken {
     name: String,
@@ -85,7 +88,7 @@ fn show(taken: &[Taken], report: &mut Report) {
     let Some((first, others)) = taken.split_first() else {
         return;
     };
-    let figures: [(&str, &str, fn(&Taken) -> Vec<f64>); 4] = [
+    let figures: [(&str, &str, Figure); 4] = [
         ("first container output", "ms wall", |of| of.wall.clone()),
         ("first container output", "ms CPU", |of| of.cpu.clone()),
         ("  of which QEMU", "ms CPU", |of| of.qemu_cpu.clone()),

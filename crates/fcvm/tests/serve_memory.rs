@@ -58,7 +58,10 @@ impl Lab {
     }
 
     fn serve(&self, options: &[&str]) -> Serving {
-        let arguments = [&["--log-level", "info", "snapshot", "serve-memory", "one"], options];
+        let arguments = [
+            &["--log-level", "info", "snapshot", "serve-memory", "one"],
+            options,
+        ];
         let mut child = self.fcvm(&arguments.concat()).spawn().unwrap();
         let mut socket = String::new();
         let mut output = BufReader::new(child.stdout.take().unwrap());
@@ -71,7 +74,11 @@ impl Lab {
 }
 
 fn expected(page: u64) -> u64 {
-    if page.is_multiple_of(4) { 0 } else { page + 1000 }
+    if page.is_multiple_of(4) {
+        0
+    } else {
+        page + 1000
+    }
 }
 
 fn fields() -> ManifestFields {
@@ -103,12 +110,23 @@ struct Serving {
 impl Serving {
     fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     fn wait(&mut self) -> (ExitStatus, String) {
         let mut said = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        self.child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut said)
+            .unwrap();
         (self.child.wait().unwrap(), said)
     }
 }
@@ -130,7 +148,9 @@ fn client(serving: &Serving) -> Child {
         .spawn()
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let found = lines.map_while(Result::ok).any(|line| line.contains("> fine"));
+    let found = lines
+        .map_while(Result::ok)
+        .any(|line| line.contains("> fine"));
     assert!(found, "the client failed: {}", child.wait().unwrap());
     child
 }
@@ -226,16 +246,25 @@ fn a_killed_server_is_noticed_and_its_socket_swept() {
 fn damage_is_told_before_anything_is_served() {
     let lab = Lab::new();
     let refused = |what: &str| {
-        let output = lab.fcvm(&["snapshot", "serve-memory", "one"]).output().unwrap();
+        let output = lab
+            .fcvm(&["snapshot", "serve-memory", "one"])
+            .output()
+            .unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(125), "{said}");
         assert!(said.contains(what), "{said}");
     };
     // A byte of a page, then the end of the file.
-    let memory = File::options().read(true).write(true).open(lab.file("memory.pages")).unwrap();
+    let memory = File::options()
+        .read(true)
+        .write(true)
+        .open(lab.file("memory.pages"))
+        .unwrap();
     memory.write_all_at(b"x", 4096 + 5).unwrap();
     refused("checksum");
-    memory.set_len(memory.metadata().unwrap().len() - PAGE_BYTES).unwrap();
+    memory
+        .set_len(memory.metadata().unwrap().len() - PAGE_BYTES)
+        .unwrap();
     refused("damaged");
 }
 
