@@ -22,7 +22,10 @@ fuzz_target!(|input: &[u8]| {
             assert_eq!(layout.at_address(address), Some(region));
         }
         assert_eq!(layout.at_offset(region.offset), Some(region));
-        assert_eq!(layout.at_offset(region.offset + region.bytes - 1), Some(region));
+        assert_eq!(
+            layout.at_offset(region.offset + region.bytes - 1),
+            Some(region)
+        );
         sum += region.bytes;
     }
     assert_eq!(sum, MEMORY_BYTES);

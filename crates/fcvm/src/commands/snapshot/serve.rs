@@ -104,12 +104,11 @@ pub(crate) fn remove_dead_sockets(context: &Context) -> anyhow::Result<Vec<PathB
     for entry in entries.flatten() {
         let name = entry.file_name();
         let number = name.to_str().and_then(|name| {
-            [PREFIX, super::serve_memory::PREFIX]
-                .iter()
-                .find_map(|prefix| name.strip_prefix(prefix))?
-                .strip_suffix(".sock")?
-                .parse::<i32>()
-                .ok()
+            let prefixes = [PREFIX, super::serve_memory::PREFIX];
+            prefixes.iter().find_map(|prefix| {
+                let rest = name.strip_prefix(prefix)?.strip_suffix(".sock")?;
+                rest.parse::<i32>().ok()
+            })
         });
         // One that is listened to answers.
         let is_dead = || std::os::unix::net::UnixStream::connect(entry.path()).is_err();
