@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
@@ -323,8 +324,10 @@ fn measure_removal(lab: &Lab, offsets: &[u64], figures: &mut Figures) -> anyhow:
     let other = pool.create_object(&"set/other".parse()?, 1 << 20)?;
     pool.checkpoint()?;
     let is_over = AtomicBool::new(false);
+    let (begun, has_begun) = mpsc::channel();
     let (spent_s, longest_s) = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
+        let (is_over, other) = (&is_over, &other);
+        let writer = scope.spawn(move || {
             let mut longest_s: f64 = 0.0;
             let mut at = 0;
             while !is_over.load(Ordering::Relaxed) {
@@ -333,10 +336,14 @@ fn measure_removal(lab: &Lab, offsets: &[u64], figures: &mut Figures) -> anyhow:
                     return f64::NAN;
                 }
                 longest_s = longest_s.max(begin.elapsed().as_secs_f64());
+                // Nobody listens but for the first.
+                let _ = begun.send(());
                 at = (at + BLOCK as u64) % (1 << 20);
             }
             longest_s
         });
+        // It fails where the writer has failed, which its figure says.
+        let _ = has_begun.recv();
         let removed = seconds(|| Ok(pool.destroy(&"set/doomed".parse()?, false)?));
         is_over.store(true, Ordering::Relaxed);
         let longest_s = writer.join().unwrap_or(f64::NAN);
