@@ -25,10 +25,13 @@ pub(crate) enum SetupStep {
         format: Format,
     },
     /// Fetch a release of Firecracker and its jailer, and compare it with its published checksum
-    #[command(after_help = "Examples:\n  \
+    #[command(
+        disable_version_flag = true,
+        after_help = "Examples:\n  \
         fcvm setup firecracker                        the latest release\n  \
         fcvm setup firecracker --version 1.13.1       this one\n\n\
-        An archive's checksum that you have from elsewhere (--sha256) is worth more than the one beside it.")]
+        An archive's checksum that you have from elsewhere (--sha256) is worth more than the one beside it."
+    )]
     Firecracker {
         /// Version [default: the latest]
         #[arg(long, value_name = "VERSION")]
