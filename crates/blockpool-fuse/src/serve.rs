@@ -108,7 +108,9 @@ fn answer_all(
     file_system: &FileSystem,
     later: &Sender<Vec<u8>>,
 ) -> Result<(), Errno> {
-    let mut buffer = vec![0; BUFFER_BYTES];
+    // Not zero, so that the kernel gives the memory now. Where it has to find some while it copies a request to a
+    // process that is being killed it gives up, and answers EIO in our place: nobody could send that one again.
+    let mut buffer = vec![1; BUFFER_BYTES];
     let mut read = Vec::new();
     loop {
         let length = match rustix::io::read(device, &mut buffer[..]) {
