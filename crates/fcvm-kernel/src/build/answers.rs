@@ -64,7 +64,7 @@ pub enum Purpose {
 pub struct Answers {
     /// What the kernel is for.
     pub purpose: Purpose,
-    /// What OpenZFS needs is built in.
+    /// OpenZFS is built in.
     pub zfs: bool,
 }
 
