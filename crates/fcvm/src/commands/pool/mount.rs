@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use blockpool::{FileDisk, Journal, Pool, PoolError};
 use blockpool_fuse::Options;
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, Mode, OFlags};
 
 use crate::args::pool::MountCommand;
 use crate::context::Context;
@@ -154,11 +154,20 @@ impl Mount {
         let journal = rustix::fs::memfd_create("fcvm-pool-journal", MemfdFlags::CLOEXEC)
             .context("cannot make the journal")?;
         watch_signals(helper.clone(), directory.clone());
+        // Of the mount itself: by its path, what is under it would answer once it is unmounted.
+        let mounted = rustix::fs::open(
+            directory,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .with_context(|| format!("cannot open {}", directory.display()))?;
         let mut server = self.start_server(&device, &journal, false)?;
-        let mounted = directory.clone();
         std::thread::spawn(move || {
             // Answered by the server, or never.
-            if rustix::fs::statvfs(&mounted).is_ok() {
+            let answer = rustix::fs::fstatvfs(&mounted);
+            // No longer in use by the keeper, or it could not be unmounted.
+            drop(mounted);
+            if answer.is_ok() {
                 report.map(|mut report| report.write_all(format!("{READY}\n").as_bytes()));
             }
         });
