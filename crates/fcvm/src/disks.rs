@@ -2,14 +2,12 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::Context as _;
-use blockpool::{FileDisk, Pool};
 use fcvm_storage::{BranchMethod, CopyStore, DiskStore, OverlayStore, PoolStore, choose};
 
 use crate::args::DiskStoreChoice;
-use crate::commands::pool::mount;
+use crate::commands::pool::{create, mount};
 use crate::context::{Context, create_private_dir};
 
 /// The pool never asks for more than its file system has, and a file can have that much on ext4.
@@ -96,13 +94,5 @@ fn make(path: &Path) -> anyhow::Result<()> {
     let space = rustix::fs::statvfs(path.parent().unwrap_or(path)).with_context(failed)?;
     let host_bytes = space.f_blocks.saturating_mul(space.f_frsize);
     let size_bytes = host_bytes.clamp(*POOL_BYTES.start(), *POOL_BYTES.end());
-    // A pool that is made half is none: it gets its name when it is whole.
-    let unfinished = path.with_extension("new");
-    let _ = std::fs::remove_file(&unfinished);
-    let disk = FileDisk::create(&unfinished, size_bytes)?;
-    let mut pool_id = [0; 16];
-    getrandom::fill(&mut pool_id)
-        .map_err(|error| anyhow::anyhow!("cannot get random bytes: {error}"))?;
-    Pool::create(Arc::new(disk), size_bytes, pool_id).with_context(failed)?;
-    std::fs::rename(&unfinished, path).with_context(failed)
+    create::create(path, size_bytes)
 }

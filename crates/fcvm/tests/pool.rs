@@ -323,6 +323,11 @@ fn what_cannot_be_is_refused_in_one_line() {
             .contains("it must be")
     );
     assert!(!lab.path("small").exists(), "a failed creation left a file");
+    // What a killed one has left is no pool, and in nobody's way.
+    fs::write(lab.path(".fresh.fcvm-unfinished"), "half").unwrap();
+    lab.must(&["--pool", &lab.text("fresh"), "create", "--size", "64m"]);
+    assert!(!lab.path(".fresh.fcvm-unfinished").exists());
+    lab.must(&["--pool", &lab.text("fresh"), "check"]);
     assert!(
         lab.fails(&["clone", "vms/a", "vms/b"])
             .contains("does not exist")

@@ -1,12 +1,13 @@
 //! `fcvm pool`: the block-cloning pool from the command line.
 
 mod bench;
+pub(crate) mod create;
 pub(crate) mod mount;
 mod stream;
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -35,7 +36,10 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
         None => context.data_dir.join("pool/pool.img"),
     };
     match arguments.command {
-        PoolCommand::Create { size } => create(&path, size)?,
+        PoolCommand::Create { size } => {
+            create::create(&path, size.bytes())?;
+            println!("{}", path.display());
+        }
         PoolCommand::Grow { size } => open(&path)?.grow(size.bytes())?,
         PoolCommand::Status { format } => status(&path, format)?,
         PoolCommand::Ls { name, format } => ls(&open(&path)?, name.as_deref(), format)?,
@@ -81,42 +85,6 @@ fn change<T>(path: &Path, change: impl FnOnce(&Pool) -> blockpool::Result<T>) ->
 
 fn objects(count: usize) -> String {
     format!("{count} object{}", if count == 1 { "" } else { "s" })
-}
-
-fn create(path: &Path, size: ByteSize) -> anyhow::Result<()> {
-    let mut pool_id = [0; 16];
-    getrandom::fill(&mut pool_id)
-        .map_err(|error| anyhow::anyhow!("cannot get random bytes: {error}"))?;
-    let is_device = path.exists() && !path.is_file();
-    if is_device {
-        // What is on a device is nobody's to guess: a file is made new, a device has to be empty.
-        let disk = FileDisk::open(path)?;
-        let mut start = vec![0; 1 << 16];
-        blockpool::Disk::read_at(&disk, &mut start, 0)?;
-        if start.iter().any(|byte| *byte != 0) {
-            bail!(
-                "{} is not empty; clear its beginning with 'wipefs --all' or 'blkdiscard' if nothing on it is needed",
-                path.display()
-            );
-        }
-        Pool::create(Arc::new(disk), size.bytes(), pool_id)?;
-        return Ok(());
-    }
-    if let Some(directory) = path.parent() {
-        let made = std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory);
-        made.with_context(|| format!("cannot make {}", directory.display()))?;
-    }
-    let disk = FileDisk::create(path, size.bytes())?;
-    if let Err(error) = Pool::create(Arc::new(disk), size.bytes(), pool_id) {
-        // Half a pool is none; the failure is what counts.
-        let _ = std::fs::remove_file(path);
-        return Err(error.into());
-    }
-    println!("{}", path.display());
-    Ok(())
 }
 
 fn open(path: &Path) -> anyhow::Result<Pool> {
