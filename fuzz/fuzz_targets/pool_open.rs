@@ -26,6 +26,8 @@ static POOL: LazyLock<(SimulatedDisk, Vec<u64>)> = LazyLock::new(|| {
     pool.checkpoint().expect("a checkpoint");
     pool.clone_object(&name("d/a"), &name("d/b")).expect("a clone");
     object.write_at(&[7; 5000], 300_000).expect("a write");
+    let copy = pool.create_object(&name("d/c"), 9 << 20).expect("an object");
+    pool.clone_range(&object, 0, &copy, 0, 9 << 20).expect("a copy");
     object.punch_hole(0, 4096).expect("a hole");
     pool.flush().expect("a flush");
     let targets = hostile::targets(&disk);

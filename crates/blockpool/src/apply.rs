@@ -2,12 +2,14 @@
 //!
 //! What can be refused is refused before anything changed. An operation from a log may be anything; it fails with an error then.
 
+use std::ops::Range;
+
 use crate::catalog::{CHECKED, Entry, EntryKind, Origin, check_name};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK_BYTES, OBJECT_MAX_BYTES, RECORD_BLOCKS, RECORD_BYTES, Tree};
 use crate::metadata::Metadata;
 use crate::operation::Operation;
-use crate::page::{PageKind, SLOTS, Slot};
+use crate::page::{FANOUT, PageKind, SLOTS, Slot};
 use crate::sums::Row;
 
 /// Pages that a change of one leaf may take: the path to it, two copies each, and a higher root.
@@ -76,6 +78,12 @@ impl Metadata {
             Operation::Options { id, options } => self.set_options(*id, *options),
             Operation::Sums { record, map, sums } => self.set_sums(*record, *map, sums),
             Operation::Origin { id, origin } => self.set_origin(*id, *origin),
+            Operation::CloneAligned {
+                source,
+                target,
+                first,
+                record_count,
+            } => self.clone_aligned(*source, *target, *first, *record_count),
         }
     }
 
@@ -263,6 +271,39 @@ impl Metadata {
         result
     }
 
+    /// Whole leaves of the maps are shared as pages, what is before and behind them as records.
+    fn clone_aligned(&mut self, source: u64, target: u64, first: u64, count: u64) -> Result<()> {
+        if source == target {
+            return Err(PoolError::Range {
+                reason: "source and target overlap",
+            });
+        }
+        let (from, to) = (self.entry(source)?.clone(), self.object(target)?.clone());
+        let range = AlignedRange::new(&from, &to, first, count)
+            .ok_or_else(|| damaged("a cloned range is behind the end of its object"))?;
+        self.need_pages(4 * (PATH_PAGES + 6) + 3 * range.pointer_count(from.map, to.map))?;
+        let mut maps = [to.map, from.map];
+        let is_snapshot = from.kind == EntryKind::Snapshot;
+        let mut result = Ok(());
+        for (first, count) in range.odd_records() {
+            result = result.and_then(|()| {
+                self.share_records(&mut maps, (1, first), (0, first), count, is_snapshot)
+            });
+        }
+        let result = result.and_then(|()| {
+            let [to, from] = &mut maps;
+            self.share_leaves(to, *from, &range.leaves)
+        });
+        let share_epoch = self.begin_epoch();
+        for (id, map) in [(target, maps[0]), (source, maps[1])] {
+            self.store_map(id, map);
+            if let Some(entry) = self.catalog.get_mut(id) {
+                entry.share_epoch = share_epoch;
+            }
+        }
+        result
+    }
+
     fn clone_object(&mut self, source: u64, entry: Entry) -> Result<()> {
         let (size_bytes, map) = {
             let source = self.entry(source)?;
@@ -320,7 +361,7 @@ impl Metadata {
     }
 
     /// Keeps a map that nobody uses any more until its pages and records are freed, step by step.
-    fn bury(&mut self, map: Tree) {
+    pub(crate) fn bury(&mut self, map: Tree) {
         if map.root.is_null() {
             return;
         }
@@ -426,6 +467,58 @@ impl Metadata {
             result?;
         }
         Ok(self.catalog.first_dying().is_some())
+    }
+}
+
+/// A range of records at the same place of two objects.
+pub(crate) struct AlignedRange {
+    first: u64,
+    end: u64,
+    /// Leaves of which nothing else is seen in either object; none where the end is not behind the beginning.
+    pub(crate) leaves: Range<u64>,
+}
+
+impl AlignedRange {
+    /// None where it is not inside both objects.
+    pub(crate) fn new(source: &Entry, target: &Entry, first: u64, count: u64) -> Option<Self> {
+        let end = first.checked_add(count)?;
+        let record_counts = [source, target].map(|entry| entry.size_bytes.div_ceil(RECORD_BYTES));
+        if record_counts.iter().any(|record_count| end > *record_count) {
+            return None;
+        }
+        let leaf_begin = first.div_ceil(SLOTS as u64);
+        let leaf_end = match record_counts {
+            [a, b] if a == end && b == end && leaf_begin * (SLOTS as u64) < end => u64::MAX,
+            _ => end / SLOTS as u64,
+        };
+        let leaves = leaf_begin..leaf_end;
+        Some(Self { first, end, leaves })
+    }
+
+    /// First record and count of what is not in whole leaves.
+    fn odd_records(&self) -> impl Iterator<Item = (u64, u64)> {
+        let slots = SLOTS as u64;
+        let (begin, end) = match self.leaves.is_empty() {
+            true => (self.end, self.end),
+            false => (
+                self.leaves.start * slots,
+                self.leaves.end.saturating_mul(slots),
+            ),
+        };
+        [(self.first, begin.min(self.end)), (end, self.end)]
+            .into_iter()
+            .filter(|(first, end)| first < end)
+            .map(|(first, end)| (first, end - first))
+    }
+
+    /// How many pages are shared at most: on each level fewer than two inner pages have.
+    fn pointer_count(&self, a: Tree, b: Tree) -> u64 {
+        if self.leaves == (0..u64::MAX) {
+            return 1;
+        }
+        let height = u64::from(a.height.max(b.height));
+        let leaf_count = self.end.div_ceil(SLOTS as u64) - self.first / SLOTS as u64;
+        leaf_count.min(1 + 2 * FANOUT as u64 * height)
     }
 }
 

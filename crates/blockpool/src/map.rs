@@ -2,8 +2,10 @@
 //!
 //! A map is a tree whose leaves have a slot per record. Everything here changes metadata only; data was written before.
 
+use std::ops::Range;
+
 use crate::error::{PoolError, Result};
-use crate::layout::{RECORD_BLOCKS, Tree};
+use crate::layout::{PagePointer, RECORD_BLOCKS, Tree};
 use crate::metadata::{Metadata, span};
 use crate::page::{PageKind, RecordPointer, SLOTS, Slot};
 
@@ -178,6 +180,91 @@ impl Metadata {
             map.height = 0;
         }
         Ok(())
+    }
+
+    /// Lets a map have the leaves `leaves` of another: the highest pages that hold nothing else are shared. What the map had
+    /// there is freed later.
+    pub(crate) fn share_leaves(
+        &mut self,
+        map: &mut Tree,
+        source: Tree,
+        leaves: &Range<u64>,
+    ) -> Result<()> {
+        if leaves.is_empty() {
+            return Ok(());
+        }
+        if leaves.start == 0 && leaves.end >= span(map.height.max(source.height)) {
+            let old = *map;
+            if !source.root.is_null() {
+                self.pages.add(source.root.address)?;
+            }
+            *map = source;
+            self.bury(old);
+            return Ok(());
+        }
+        let end = leaves.end.min(span(source.height));
+        if leaves.start < end {
+            self.raise(map, PageKind::Map, end - 1)?;
+        }
+        let mut source = source;
+        while source.height > map.height && !source.root.is_null() {
+            source = self.child_of(source, source.height, 0)?;
+        }
+        // What is behind the map's last leaf is empty in the source too.
+        let leaves = leaves.start..leaves.end.min(span(map.height));
+        self.share_below(&mut map.root, map.height, source, leaves)
+    }
+
+    /// The part of it below one page, which the source is not higher than.
+    fn share_below(
+        &mut self,
+        pointer: &mut PagePointer,
+        level: u8,
+        source: Tree,
+        leaves: Range<u64>,
+    ) -> Result<()> {
+        let is_whole = leaves == (0..span(level));
+        if leaves.is_empty() || (source.root.is_null() && pointer.is_null()) {
+            return Ok(());
+        }
+        if is_whole && (source.height == level || source.root.is_null()) {
+            if source.root == *pointer {
+                return Ok(());
+            }
+            if !source.root.is_null() {
+                self.pages.add(source.root.address)?;
+            }
+            let root = std::mem::replace(pointer, source.root);
+            self.bury(Tree {
+                root,
+                height: level,
+            });
+            return Ok(());
+        }
+        *pointer = self.own(*pointer, PageKind::Map, level)?;
+        let below = span(level - 1);
+        for index in leaves.start / below..=(leaves.end - 1) / below {
+            let source = self.child_of(source, level, index)?;
+            let begin = index * below;
+            let part = leaves.start.saturating_sub(begin)..(leaves.end - begin).min(below);
+            self.change_child(*pointer, index as usize, |metadata, child| {
+                metadata.share_below(child, level - 1, source, part)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// What a tree of at most that height has below child `index` of a page of `level`.
+    fn child_of(&mut self, tree: Tree, level: u8, index: u64) -> Result<Tree> {
+        if !tree.root.is_null() && tree.height == level {
+            let page = self.page(tree.root, PageKind::Map, level)?;
+            return Ok(Tree {
+                root: page.children()?[index as usize],
+                height: level - 1,
+            });
+        }
+        // A lower one stands where the first leaf is.
+        Ok(if index == 0 { tree } else { Tree::default() })
     }
 
     /// Lets `count` records of one of the maps, from the first number on, and of another or the same have the same data.

@@ -301,7 +301,7 @@ impl Metadata {
     }
 
     /// Makes the tree high enough to have that leaf.
-    fn raise(&mut self, tree: &mut Tree, leaf_kind: PageKind, leaf: u64) -> Result<()> {
+    pub(crate) fn raise(&mut self, tree: &mut Tree, leaf_kind: PageKind, leaf: u64) -> Result<()> {
         while leaf >= span(tree.height) {
             if tree.height == TREE_MAX_HEIGHT {
                 return Err(PoolError::Damaged {
@@ -367,7 +367,7 @@ impl Metadata {
     }
 
     /// Changes one child of an owned page; what `change` made of it is kept whether it failed or not.
-    fn change_child(
+    pub(crate) fn change_child(
         &mut self,
         parent: PagePointer,
         index: usize,

@@ -3,6 +3,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::apply::AlignedRange;
 use crate::catalog::{CHECKED, Entry, EntryKind, ObjectId};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK_BYTES, RECORD_BYTES, check_pool_size};
@@ -163,6 +164,33 @@ impl Metadata {
 }
 
 impl State {
+    /// Lets records of one object hold what records of another one hold: an id and a first record each.
+    pub(crate) fn commit_clone(
+        &mut self,
+        (source, source_first): (u64, u64),
+        (target, target_first): (u64, u64),
+        record_count: u64,
+    ) -> Result<()> {
+        let (from, to) = (self.metadata.entry(source)?, self.metadata.entry(target)?);
+        let aligned = AlignedRange::new(from, to, target_first, record_count);
+        let has_leaves = aligned.is_some_and(|range| !range.leaves.is_empty());
+        if source != target && source_first == target_first && has_leaves {
+            return self.commit(&Operation::CloneAligned {
+                source,
+                target,
+                first: target_first,
+                record_count,
+            });
+        }
+        self.commit(&Operation::CloneRange {
+            source,
+            source_first,
+            target,
+            target_first,
+            record_count,
+        })
+    }
+
     /// Makes a snapshot of each object, or of none.
     fn snapshot_all(&mut self, objects: &[u64], name: &str) -> Result<()> {
         let mut made = Vec::new();
@@ -324,7 +352,7 @@ impl Pool {
     }
 
     /// Lets a range of one object hold what a range of another, or of the same one, holds; no data is copied. Returns when it is done,
-    /// durable with the next flush.
+    /// durable with the next flush. At the same place of another object this costs nothing that grows with the range.
     ///
     /// # Errors
     ///
@@ -364,13 +392,9 @@ impl Pool {
                 if record_count == 0 {
                     return Ok(());
                 }
-                state.commit(&Operation::CloneRange {
-                    source: from,
-                    source_first: source_offset_bytes / RECORD_BYTES,
-                    target: to,
-                    target_first: target_offset_bytes / RECORD_BYTES,
-                    record_count,
-                })
+                let source = (from, source_offset_bytes / RECORD_BYTES);
+                let target = (to, target_offset_bytes / RECORD_BYTES);
+                state.commit_clone(source, target, record_count)
             })
         })?;
         self.checkpoint_if_due()

@@ -72,6 +72,13 @@ pub(crate) enum Operation {
         id: u64,
         origin: Origin,
     },
+    /// As [`Self::CloneRange`], to the same place of another object, and the epoch ends.
+    CloneAligned {
+        source: u64,
+        target: u64,
+        first: u64,
+        record_count: u64,
+    },
 }
 
 impl Operation {
@@ -142,7 +149,7 @@ impl Operation {
         }
     }
 
-    /// The operations that change no map.
+    /// The operations that are encoded nowhere else.
     fn encode_rest(&self, writer: &mut Writer<'_>) {
         match self {
             Self::Remove { id } => {
@@ -164,6 +171,15 @@ impl Operation {
                 let mut encoded = [0; Origin::BYTES];
                 origin.encode(&mut encoded);
                 writer.byte(12).number(*id).bytes(&encoded);
+            }
+            Self::CloneAligned {
+                source,
+                target,
+                first,
+                record_count,
+            } => {
+                writer.byte(13).number(*source).number(*target);
+                writer.number(*first).number(*record_count);
             }
             _ => debug_assert!(false, "the others are encoded elsewhere"),
         }
@@ -236,6 +252,12 @@ impl Operation {
             12 => Self::Origin {
                 id: reader.number()?,
                 origin: Origin::decode(reader.take(Origin::BYTES)?),
+            },
+            13 => Self::CloneAligned {
+                source: reader.number()?,
+                target: reader.number()?,
+                first: reader.number()?,
+                record_count: reader.number()?,
             },
             _ => return None,
         })
@@ -378,6 +400,12 @@ mod tests {
                 sums: vec![1, u32::MAX],
             },
             Operation::Origin { id: 9, origin },
+            Operation::CloneAligned {
+                source: 1,
+                target: 9,
+                first: 127,
+                record_count: 1 << 28,
+            },
         ]);
         let mut bytes = Vec::new();
         for operation in &operations {

@@ -60,6 +60,97 @@ fn a_clone_writes_one_block_whatever_its_size() {
 }
 
 #[test]
+fn a_copy_over_another_object_shares_the_root_and_writes_one_block() {
+    let (disk, pool) = pool();
+    let base = pool.create_object(&name("d/base"), 9 << 30).unwrap();
+    for index in 0..60 {
+        base.write_at(&[7; 4096], index * 150_000_000 / 4096 * 4096)
+            .unwrap();
+    }
+    let copy = pool.create_object(&name("d/copy"), 9 << 30).unwrap();
+    copy.write_at(&[8; 4096], 4096).unwrap();
+    pool.checkpoint().unwrap();
+    let before = pool.space();
+    disk.start_recording();
+    pool.clone_range(&base, 0, &copy, 0, 9 << 30).unwrap();
+    pool.flush().unwrap();
+    assert_eq!(written(&disk), (1, 4096));
+    let after = pool.space();
+    assert_eq!(after.counted_pages, before.counted_pages + 1);
+    assert_eq!(after.counted_records, 0);
+    for object in [&base, &copy] {
+        object
+            .write_at(&[9; 4096], 150_000_000 / 4096 * 4096)
+            .unwrap();
+    }
+    verify_accounting(&pool);
+}
+
+/// Every block that one of the points is in.
+fn at_points(object: &Object, points: &[u64]) -> Vec<u8> {
+    let mut byte = [0];
+    let read = |point: &u64| {
+        object.read_at(&mut byte, *point).unwrap();
+        byte[0]
+    };
+    points.iter().map(read).collect()
+}
+
+#[test]
+fn ranges_at_the_same_place_share_pages_whatever_the_heights_of_the_maps() {
+    let mut numbers = Numbers(11);
+    let points: Vec<u64> = (0..40)
+        .map(|index| match index % 3 {
+            0 => numbers.below(12 << 30),
+            1 => numbers.below(1 << 30),
+            _ => numbers.below(40 << 20),
+        })
+        .collect();
+    for round in 0..60 {
+        let pool = pool_on(&SimulatedDisk::new(64 << 20));
+        let sizes = [12 << 30, 12 << 30, 3 << 30, 20 << 20];
+        let objects = ["d/a", "d/b"].map(|text| {
+            let size = sizes[numbers.below(4) as usize];
+            pool.create_object(&name(text), size).unwrap()
+        });
+        let size = |index: usize| objects[index].size_bytes().unwrap();
+        for (object, value) in objects.iter().zip([1, 2]) {
+            for point in &points {
+                if numbers.below(3) > 0 && *point < object.size_bytes().unwrap() {
+                    object.write_at(&[value], *point).unwrap();
+                }
+            }
+        }
+        let common = size(0).min(size(1)) / RECORD_BYTES;
+        let first = [0, 127, numbers.below(common)][numbers.below(3) as usize] % common;
+        let left = common - first;
+        let count = [left, numbers.below(left + 1)][numbers.below(2) as usize];
+        let (offset, length) = (first * RECORD_BYTES, count * RECORD_BYTES);
+        let inside: Vec<u64> = points
+            .iter()
+            .copied()
+            .filter(|point| *point < common * RECORD_BYTES)
+            .collect();
+        let before = [0, 1].map(|index| at_points(&objects[index], &inside));
+        pool.clone_range(&objects[0], offset, &objects[1], offset, length)
+            .unwrap();
+        verify_accounting(&pool);
+        let is_cloned = |point: &u64| (offset..offset + length).contains(point);
+        let expected: Vec<u8> = (0..inside.len())
+            .map(|index| before[usize::from(!is_cloned(&inside[index]))][index])
+            .collect();
+        assert_eq!(at_points(&objects[0], &inside), before[0], "round {round}");
+        assert_eq!(at_points(&objects[1], &inside), expected, "round {round}");
+        // Neither sees what is written to the other.
+        for point in &inside {
+            objects[0].write_at(&[3], *point).unwrap();
+        }
+        assert_eq!(at_points(&objects[1], &inside), expected, "round {round}");
+        verify_accounting(&pool);
+    }
+}
+
+#[test]
 fn a_small_write_after_a_clone_copies_nothing_and_the_next_one_goes_in_place() {
     let (disk, pool) = pool();
     let base = pool.create_object(&name("d/base"), 1 << 20).unwrap();

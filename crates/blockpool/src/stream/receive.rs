@@ -259,13 +259,7 @@ impl Pool {
     fn clone_records(&self, from: (u64, u64), to: (u64, u64), record_count: u64) -> Result<()> {
         self.retry_when_full(|| {
             self.with_gates(&[from.0, to.0], |state| {
-                state.commit(&Operation::CloneRange {
-                    source: from.0,
-                    source_first: from.1,
-                    target: to.0,
-                    target_first: to.1,
-                    record_count,
-                })
+                state.commit_clone(from, to, record_count)
             })
         })?;
         self.checkpoint_if_due()

@@ -200,7 +200,7 @@ impl Machine {
     /// Does one step.
     pub(crate) fn step(&mut self, step: Step) {
         self.steps_done += 1;
-        let is_flushed = match step.kind % 36 {
+        let is_flushed = match step.kind % 37 {
             0 | 1 => self.create(step),
             2..=10 => self.write(step),
             11..=13 => self.rewrite(step),
@@ -217,6 +217,7 @@ impl Machine {
             28 => self.scrub(),
             29 => self.set_options(step),
             30 => self.transfer(step),
+            31 => self.copy_whole(step),
             _ => self.flush(),
         };
         self.note(is_flushed);
@@ -387,6 +388,73 @@ impl Machine {
         false
     }
 
+    /// Makes an object as long as another thing, then lets it hold what that holds, all of it or from the middle on.
+    fn copy_whole(&mut self, step: Step) -> bool {
+        let (Some((source, from)), Some(target)) =
+            (self.thing_name(step.a), self.object_name(step.b))
+        else {
+            return false;
+        };
+        if from.id == self.model.objects[&target].id {
+            return false;
+        }
+        let full = format!("d/{target}");
+        let open = |full: &str| self.pool().open_object(&name(full)).expect("it is there");
+        let (source, opened) = (open(&source), open(&full));
+        let size_bytes = from.size_bytes;
+        let resized = self.allow(opened.set_size(size_bytes)).is_some();
+        let thing = Arc::make_mut(self.model.objects.get_mut(&target).expect("it was found"));
+        if size_bytes < thing.size_bytes {
+            thing.zero(size_bytes, thing.size_bytes - size_bytes);
+        }
+        if !resized {
+            self.settle(&target);
+            return false;
+        }
+        thing.size_bytes = size_bytes;
+        self.note(false);
+        let first = match step.c % 3 {
+            0 => u64::from(step.c >> 8) % (size_bytes / RECORD_BYTES + 1),
+            _ => 0,
+        };
+        let offset = first * RECORD_BYTES;
+        let length = size_bytes - offset;
+        let result = self
+            .pool()
+            .clone_range(&source, offset, &opened, offset, length);
+        let done = self.allow(result).is_some();
+        self.model_clone(
+            &target,
+            &from,
+            (first, first),
+            length.div_ceil(RECORD_BYTES),
+        );
+        if !done {
+            self.settle(&target);
+        }
+        false
+    }
+
+    /// What records of a thing become, in the model.
+    fn model_clone(&mut self, target: &str, from: &Thing, firsts: (u64, u64), count: u64) {
+        let blocks_per_record = RECORD_BYTES / BLOCK as u64;
+        let thing = Arc::make_mut(self.model.objects.get_mut(target).expect("it was found"));
+        for block in 0..count * blocks_per_record {
+            let (source_block, target_block) = (
+                firsts.0 * blocks_per_record + block,
+                firsts.1 * blocks_per_record + block,
+            );
+            thing.set(target_block, from.content(source_block));
+            // A lost write to the source is lost in the clone.
+            if let (Some(old), Some(new)) = (
+                from.blocks.get(&source_block),
+                thing.blocks.get_mut(&target_block),
+            ) {
+                new.before.extend(old.before.iter().cloned());
+            }
+        }
+    }
+
     fn clone_range(&mut self, step: Step) -> bool {
         let (Some((source, from)), Some(target)) =
             (self.thing_name(step.a), self.object_name(step.b))
@@ -424,22 +492,7 @@ impl Machine {
             return false;
         }
         let done = self.allow(result).is_some();
-        let blocks_per_record = RECORD_BYTES / BLOCK as u64;
-        let thing = Arc::make_mut(self.model.objects.get_mut(&target).expect("it was found"));
-        for block in 0..count * blocks_per_record {
-            let (source_block, target_block) = (
-                from_first * blocks_per_record + block,
-                to_first * blocks_per_record + block,
-            );
-            thing.set(target_block, from.content(source_block));
-            // A lost write to the source is lost in the clone.
-            if let (Some(old), Some(new)) = (
-                from.blocks.get(&source_block),
-                thing.blocks.get_mut(&target_block),
-            ) {
-                new.before.extend(old.before.iter().cloned());
-            }
-        }
+        self.model_clone(&target, &from, (from_first, to_first), count);
         if !done {
             self.settle(&target);
         }
