@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::layout::RECORD_BLOCKS;
+use crate::layout::{Extent, RECORD_BLOCKS};
 use crate::page::PAYLOAD;
 
 /// Blocks that a leaf of the space map tells of.
@@ -40,9 +40,10 @@ impl Bits {
         (self.0[(record / WORD_RECORDS) as usize] >> (record % WORD_RECORDS * RECORD_BLOCKS)) as u16
     }
 
-    fn fill_record(&mut self, record: u64, value: bool) {
+    fn fill(&mut self, extent: Extent, value: bool) {
+        let record = extent.record();
         let word = &mut self.0[(record / WORD_RECORDS) as usize];
-        let bits = u64::from(FULL) << (record % WORD_RECORDS * RECORD_BLOCKS);
+        let bits = u64::from(extent.bits()) << (record % WORD_RECORDS * RECORD_BLOCKS);
         *word = if value { *word | bits } else { *word & !bits };
     }
 }
@@ -50,7 +51,7 @@ impl Bits {
 /// A piece of the pool that was freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Freed {
-    Record(u64),
+    Data(Extent),
     Page(u64),
 }
 
@@ -59,7 +60,7 @@ pub(crate) fn punchable(freed: &[Freed]) -> Vec<(u64, u64)> {
     let mut records: Vec<u64> = freed
         .iter()
         .filter_map(|freed| match freed {
-            Freed::Record(record) => Some(*record),
+            Freed::Data(extent) => extent.is_record().then_some(extent.record()),
             Freed::Page(_) => None,
         })
         .collect();
@@ -77,6 +78,24 @@ pub(crate) fn punchable(freed: &[Freed]) -> Vec<(u64, u64)> {
     runs
 }
 
+/// The one block of a page.
+fn page_extent(block: u64) -> Extent {
+    Extent {
+        first_block: block,
+        block_count: 1,
+    }
+}
+
+/// The longest row of blocks of a record that are not set.
+fn longest_run(record: u16) -> usize {
+    let (mut longest, mut run) = (0, 0);
+    for block in 0..RECORD_BLOCKS {
+        run = if record >> block & 1 == 0 { run + 1 } else { 0 };
+        longest = longest.max(run);
+    }
+    longest
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Allocator {
@@ -87,12 +106,14 @@ pub(crate) struct Allocator {
     /// Records of a group that are not busy at all.
     free_in_group: Vec<u32>,
     free_records: u64,
-    /// Records cut into pages that have room.
-    partial: BTreeSet<u64>,
+    /// Records cut into pages and extents that have room, and their longest rows of free blocks.
+    partial: BTreeMap<u64, usize>,
+    /// The same by the length of that row.
+    runs: [BTreeSet<u64>; RECORD_BLOCKS as usize],
     /// Where the search for a free record goes on.
     cursor: u64,
-    /// Records that hold data.
-    data_records: u64,
+    /// Blocks that hold data.
+    data_blocks: u64,
     freed: Vec<Freed>,
     dirty_groups: BTreeSet<u64>,
 }
@@ -136,14 +157,13 @@ impl Allocator {
             if !(self.first_record..self.record_count).contains(&record) {
                 return false;
             }
-            if bits == FULL {
-                // A record of data, or one that is full of pages: who walks the maps can tell, nothing here needs to.
-                self.take_record(record);
-                continue;
-            }
+            // Data, pages or both: who walks the maps can tell, nothing here needs to.
             for block in (0..RECORD_BLOCKS).filter(|block| bits >> block & 1 != 0) {
-                self.take_page(record * RECORD_BLOCKS + block);
+                self.used.set(record * RECORD_BLOCKS + block, true);
+                self.busy.set(record * RECORD_BLOCKS + block, true);
             }
+            self.count_busy(record);
+            self.update_partial(record);
         }
         self.dirty_groups.clear();
         true
@@ -199,19 +219,30 @@ impl Allocator {
         self.used.get(block)
     }
 
-    /// Whether all of a record is in use, or was until the last checkpoint.
-    pub(crate) fn is_busy_record(&self, record: u64) -> bool {
-        self.busy.record(record) == FULL
+    /// Whether all of an extent is used.
+    pub(crate) fn is_used_extent(&self, extent: Extent) -> bool {
+        let record = extent.record();
+        self.contains_record(record) && self.used.record(record) & extent.bits() == extent.bits()
     }
 
-    /// Records that hold data.
-    pub(crate) fn data_records(&self) -> u64 {
-        self.data_records
+    /// Whether any block of an extent is used.
+    pub(crate) fn is_used_partly(&self, extent: Extent) -> bool {
+        self.used.record(extent.record()) & extent.bits() != 0
+    }
+
+    /// Whether a block is in use, or was until the last checkpoint.
+    pub(crate) fn is_busy(&self, block: u64) -> bool {
+        self.busy.get(block)
+    }
+
+    /// Blocks that hold data.
+    pub(crate) fn data_blocks(&self) -> u64 {
+        self.data_blocks
     }
 
     /// What the superblock says of that; the space map does not tell data from pages.
-    pub(crate) fn set_data_records(&mut self, count: u64) {
-        self.data_records = count;
+    pub(crate) fn set_data_blocks(&mut self, count: u64) {
+        self.data_blocks = count;
     }
 
     /// Where data and pages begin.
@@ -222,7 +253,7 @@ impl Allocator {
     /// Blocks that are free with the next checkpoint.
     pub(crate) fn freeing_blocks(&self) -> u64 {
         let blocks = self.freed.iter().map(|freed| match freed {
-            Freed::Record(_) => RECORD_BLOCKS,
+            Freed::Data(extent) => extent.block_count,
             Freed::Page(_) => 1,
         });
         blocks.sum()
@@ -263,8 +294,26 @@ impl Allocator {
         self.dirty_groups.insert(block / GROUP_BLOCKS);
     }
 
-    /// A free record, which is busy from now on; it has to be [`Self::take_record`]n or given back.
-    pub(crate) fn reserve_record(&mut self) -> Option<u64> {
+    /// Room for data, which is busy from now on; it has to be [`Self::take`]n or given back. Less than a record goes where a row of
+    /// free blocks fits it best.
+    pub(crate) fn reserve(&mut self, block_count: u64) -> Option<Extent> {
+        let mut fitting = self.runs.iter().skip(block_count as usize);
+        let record = match fitting.find_map(BTreeSet::first) {
+            Some(record) => *record,
+            None => self.find_free_record()?,
+        };
+        let busy = self.busy.record(record);
+        let extent = (0..=RECORD_BLOCKS - block_count)
+            .map(|first| Extent {
+                first_block: record * RECORD_BLOCKS + first,
+                block_count,
+            })
+            .find(|extent| extent.bits() & busy == 0)?;
+        self.set_busy(extent, true);
+        Some(extent)
+    }
+
+    fn find_free_record(&mut self) -> Option<u64> {
         if self.free_records == 0 {
             return None;
         }
@@ -283,35 +332,42 @@ impl Allocator {
             record += 1;
         }
         self.cursor = record + 1;
-        self.busy.fill_record(record, true);
-        self.count_busy(record);
         Some(record)
     }
 
-    /// Makes a record busy that the log names. False where it is outside.
-    pub(crate) fn reserve_named(&mut self, record: u64) -> bool {
-        if !self.contains_record(record) {
+    fn set_busy(&mut self, extent: Extent, value: bool) {
+        let record = extent.record();
+        let was_free = self.busy.record(record) == 0;
+        self.busy.fill(extent, value);
+        let is_free = self.busy.record(record) == 0;
+        match (was_free, is_free) {
+            (true, false) => self.count_busy(record),
+            (false, true) => self.count_free(record),
+            _ => {}
+        }
+        self.update_partial(record);
+    }
+
+    /// Makes data busy that the log names. False where it is outside.
+    pub(crate) fn reserve_named(&mut self, extent: Extent) -> bool {
+        if !self.contains_record(extent.record()) {
             return false;
         }
-        if self.busy.record(record) == 0 {
-            self.count_busy(record);
-        }
-        self.busy.fill_record(record, true);
+        self.set_busy(extent, true);
         true
     }
 
     /// Gives back what was reserved and never used.
-    pub(crate) fn give_back_record(&mut self, record: u64) {
-        self.busy.fill_record(record, false);
-        self.count_free(record);
+    pub(crate) fn give_back(&mut self, extent: Extent) {
+        self.set_busy(extent, false);
     }
 
-    /// A reserved record is used.
-    pub(crate) fn take_record(&mut self, record: u64) {
-        self.reserve_named(record);
-        self.used.fill_record(record, true);
-        self.data_records += 1;
-        self.mark_dirty(record * RECORD_BLOCKS);
+    /// What was reserved is used.
+    pub(crate) fn take(&mut self, extent: Extent) {
+        self.reserve_named(extent);
+        self.used.fill(extent, true);
+        self.data_blocks += extent.block_count;
+        self.mark_dirty(extent.first_block);
     }
 
     /// A free block for a page. That of a second copy is far from the first, which is `other`, where there is room.
@@ -322,11 +378,11 @@ impl Allocator {
             Some(_) => self.partial.range(middle..).next_back(),
         };
         let record = match found {
-            Some(record) => *record,
+            Some((record, _)) => *record,
             None => match self.find_record_for_pages(other.is_some()) {
                 Some(record) => record,
                 // Better near the first copy than not at all.
-                None => *self.partial.first()?,
+                None => *self.partial.first_key_value()?.0,
             },
         };
         let index = u64::from((!self.busy.record(record)).trailing_zeros());
@@ -355,31 +411,35 @@ impl Allocator {
     }
 
     fn take_page(&mut self, block: u64) {
-        let record = block / RECORD_BLOCKS;
-        if self.busy.record(record) == 0 {
-            self.count_busy(record);
-        }
         self.used.set(block, true);
-        self.busy.set(block, true);
-        self.update_partial(record);
+        self.set_busy(page_extent(block), true);
         self.mark_dirty(block);
     }
 
     fn update_partial(&mut self, record: u64) {
-        if matches!(self.busy.record(record), 0 | FULL) {
-            self.partial.remove(&record);
-        } else {
-            self.partial.insert(record);
+        let busy = self.busy.record(record);
+        let new = (!matches!(busy, 0 | FULL)).then(|| longest_run(busy));
+        let old = match new {
+            Some(longest) => self.partial.insert(record, longest),
+            None => self.partial.remove(&record),
+        };
+        if old != new {
+            if let Some(longest) = old {
+                self.runs[longest].remove(&record);
+            }
+            if let Some(longest) = new {
+                self.runs[longest].insert(record);
+            }
         }
     }
 
     /// Frees a record or page for the time after the next checkpoint.
     pub(crate) fn free(&mut self, freed: Freed) {
         match freed {
-            Freed::Record(record) => {
-                self.used.fill_record(record, false);
-                self.data_records = self.data_records.saturating_sub(1);
-                self.mark_dirty(record * RECORD_BLOCKS);
+            Freed::Data(extent) => {
+                self.used.fill(extent, false);
+                self.data_blocks = self.data_blocks.saturating_sub(extent.block_count);
+                self.mark_dirty(extent.first_block);
             }
             Freed::Page(block) => {
                 self.used.set(block, false);
@@ -404,15 +464,8 @@ impl Allocator {
     pub(crate) fn release(&mut self, freed: &[Freed]) {
         for freed in freed {
             match *freed {
-                Freed::Record(record) => self.give_back_record(record),
-                Freed::Page(block) => {
-                    let record = block / RECORD_BLOCKS;
-                    self.busy.set(block, false);
-                    self.update_partial(record);
-                    if self.busy.record(record) == 0 {
-                        self.count_free(record);
-                    }
-                }
+                Freed::Data(extent) => self.give_back(extent),
+                Freed::Page(block) => self.give_back(page_extent(block)),
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::catalog::{CHECKED, Entry, EntryKind, Origin, check_name};
+use crate::catalog::{Entry, EntryKind, Origin, are_options, check_name};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK_BYTES, OBJECT_MAX_BYTES, RECORD_BLOCKS, RECORD_BYTES, Tree};
 use crate::metadata::Metadata;
@@ -414,7 +414,7 @@ impl Metadata {
     }
 
     fn set_options(&mut self, id: u64, options: u8) -> Result<()> {
-        if self.entry(id)?.kind != EntryKind::Dataset || options & !CHECKED != 0 {
+        if self.entry(id)?.kind != EntryKind::Dataset || !are_options(options) {
             return Err(damaged("something gets options that it cannot have"));
         }
         if let Some(entry) = self.catalog.get_mut(id) {
@@ -424,9 +424,9 @@ impl Metadata {
     }
 
     fn set_sums(&mut self, record: u64, map: u16, sums: &[u32]) -> Result<()> {
-        let is_data = self.allocator.contains_record(record)
-            && self.allocator.is_used(record * RECORD_BLOCKS);
-        if !is_data {
+        let is_used = |block: u64| self.allocator.is_used(record * RECORD_BLOCKS + block);
+        let mut named = (0..RECORD_BLOCKS).filter(|block| map >> block & 1 != 0);
+        if !self.allocator.contains_record(record) || !named.all(is_used) {
             return Err(damaged("there are checksums of what holds no data"));
         }
         let mut row = Row::default();

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use crate::compression::Compression;
 use crate::error::{PoolError, Result};
 use crate::layout::{OBJECT_MAX_BYTES, PagePointer, TREE_MAX_HEIGHT, Tree, read_uint};
 use crate::page::PAYLOAD;
@@ -62,7 +63,7 @@ pub(crate) struct Entry {
     pub(crate) share_epoch: u64,
     pub(crate) created_epoch: u64,
     pub(crate) created_unix_s: i64,
-    /// [`CHECKED`], for a dataset.
+    /// [`CHECKED`] and [`compression_of`], for a dataset.
     pub(crate) options: u8,
     /// Which snapshot of which pool it was received from; zeros when it was made here.
     pub(crate) origin: Origin,
@@ -70,6 +71,28 @@ pub(crate) struct Entry {
 
 /// Option of a dataset: its objects are never written in place, and every block has a checksum.
 pub(crate) const CHECKED: u8 = 1;
+/// Option of a dataset: what is written is compressed so.
+const COMPRESSION: [(u8, Compression); 2] = [(2, Compression::Lz4), (4, Compression::Zstd)];
+const COMPRESSION_BITS: u8 = 6;
+
+/// Whether a dataset can have such options.
+pub(crate) fn are_options(options: u8) -> bool {
+    options & !(CHECKED | COMPRESSION_BITS) == 0 && options & COMPRESSION_BITS != COMPRESSION_BITS
+}
+
+/// How the options of a dataset say that what is written is compressed.
+pub(crate) fn compression_of(options: u8) -> Compression {
+    let mut all = COMPRESSION.into_iter();
+    let found = all.find(|(bits, _)| options & COMPRESSION_BITS == *bits);
+    found.map_or(Compression::Off, |(_, compression)| compression)
+}
+
+/// The options that say so.
+pub(crate) fn compression_bits(compression: Compression) -> u8 {
+    let mut all = COMPRESSION.into_iter();
+    all.find(|(_, known)| *known == compression)
+        .map_or(0, |(bits, _)| bits)
+}
 
 /// Names a snapshot among those of all pools.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
@@ -139,7 +162,7 @@ impl Entry {
         };
         let has_name = entry.kind != EntryKind::Dying;
         let good = entry.size_bytes <= OBJECT_MAX_BYTES
-            && entry.options & !CHECKED == 0
+            && are_options(entry.options)
             && entry.map.height <= TREE_MAX_HEIGHT
             && has_name == check_name(&entry.name).is_ok();
         good.then_some(Some(entry))

@@ -1,10 +1,10 @@
 //! The full recount: walks everything that is reachable and compares it with what the pool says is used and shared.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::allocator::Allocator;
 use crate::error::{PoolError, Result};
-use crate::layout::{PagePointer, RECORD_BLOCKS, TREE_COUNT, Tree, TreeName};
+use crate::layout::{Extent, PagePointer, TREE_COUNT, Tree, TreeName};
 use crate::metadata::{Metadata, leaf_kind};
 use crate::page::{Page, PageKind};
 use crate::pool::Pool;
@@ -26,9 +26,9 @@ const TREE_NAMES: [TreeName; TREE_COUNT] = [
 pub struct CheckReport {
     /// Pages that are reachable, each counted once.
     pub page_count: u64,
-    /// Records that are reachable, each counted once.
+    /// Records and extents of compressed ones that are reachable, each counted once.
     pub record_count: u64,
-    /// Records with more than one reference.
+    /// Those with more than one reference.
     pub shared_record_count: u64,
     /// What is wrong, one line each; the first thousand.
     pub problems: Vec<String>,
@@ -49,7 +49,7 @@ impl CheckReport {
 #[derive(Default)]
 struct Count {
     pages: HashMap<u64, (PagePointer, u32)>,
-    records: HashMap<u64, u32>,
+    extents: HashMap<Extent, u32>,
     report: CheckReport,
 }
 
@@ -85,8 +85,8 @@ impl Metadata {
             self.count_tree(&mut count, map, PageKind::Map, &name);
         }
         count.report.page_count = count.pages.len() as u64;
-        count.report.record_count = count.records.len() as u64;
-        let shared = count.records.values().filter(|references| **references > 1);
+        count.report.record_count = count.extents.len() as u64;
+        let shared = count.extents.values().filter(|references| **references > 1);
         count.report.shared_record_count = shared.count() as u64;
         count
     }
@@ -120,8 +120,8 @@ impl Metadata {
                     waiting.extend(children.iter().map(|child| (*child, level - 1)));
                 }
                 Page::Map(slots) => {
-                    for record in slots.iter().flat_map(|slot| slot.records()) {
-                        *count.records.entry(record).or_insert(0) += 1;
+                    for extent in slots.iter().flat_map(|slot| slot.extents()) {
+                        *count.extents.entry(extent).or_insert(0) += 1;
                     }
                 }
                 Page::Raw { .. } => {}
@@ -131,20 +131,17 @@ impl Metadata {
 
     fn compare(&self, count: &mut Count) {
         let mut used_blocks = 0;
-        for (record, references) in &count.records {
-            used_blocks += RECORD_BLOCKS;
-            let blocks = record * RECORD_BLOCKS..(record + 1) * RECORD_BLOCKS;
-            let is_used = self.allocator.contains_record(*record)
-                && blocks.clone().all(|block| self.allocator.is_used(block));
-            if !is_used {
+        for (extent, references) in &count.extents {
+            used_blocks += extent.block_count;
+            if !self.allocator.is_used_extent(*extent) {
                 count
                     .report
-                    .add(format!("record {record} is in use and called free"));
+                    .add(format!("{extent} is in use and called free"));
             }
-            let extra = self.records.extra(*record);
+            let extra = self.extra_references(*extent);
             if extra != references - 1 {
                 count.report.add(format!(
-                    "record {record} has {references} references, not {}",
+                    "{extent} has {references} references, not {}",
                     u64::from(extra) + 1
                 ));
             }
@@ -175,16 +172,18 @@ impl Metadata {
     /// What is counted and not reachable.
     fn compare_rest(&self, count: &mut Count, used_blocks: u64) {
         for (record, _) in self.records.iter() {
-            if !count.records.contains_key(&record) {
+            if !count.extents.contains_key(&Extent::of_record(record)) {
                 count.report.add(format!(
                     "record {record} has references and nothing names it"
                 ));
             }
         }
+        let parts = count.extents.keys().filter(|extent| !extent.is_record());
+        let parts: HashSet<u64> = parts.map(|extent| extent.first_block).collect();
         for (address, _) in self.pages.iter() {
-            if !count.pages.contains_key(&address) {
+            if !count.pages.contains_key(&address) && !parts.contains(&address) {
                 count.report.add(format!(
-                    "the page at block {address} has references and nothing names it"
+                    "the page or extent at block {address} has references and nothing names it"
                 ));
             }
         }
@@ -195,11 +194,12 @@ impl Metadata {
                 called_used - used_blocks
             ));
         }
-        let data_records = count.records.len() as u64;
-        if self.allocator.data_records() != data_records {
+        let extents = count.extents.keys();
+        let data_blocks: u64 = extents.map(|extent| extent.block_count).sum();
+        if self.allocator.data_blocks() != data_blocks {
             count.report.add(format!(
-                "{data_records} records have data, not {}",
-                self.allocator.data_records()
+                "{data_blocks} blocks have data, not {}",
+                self.allocator.data_blocks()
             ));
         }
         if self.has_wrong_counts {
@@ -223,14 +223,20 @@ impl Metadata {
         self.allocator = Allocator::new(first_block, self.size_blocks);
         self.records = References::default();
         self.pages = References::default();
-        for (record, references) in &count.records {
-            if !self.allocator.contains_record(*record) {
+        for (extent, references) in &count.extents {
+            if !self.allocator.contains_record(extent.record()) {
                 return Err(PoolError::Damaged {
-                    what: format!("a map names record {record}, which the pool has not"),
+                    what: format!("a map names {extent}, which the pool has not"),
                 });
             }
-            self.allocator.take_record(*record);
-            self.records.set(*record, references - 1)?;
+            if self.allocator.is_used_partly(*extent) {
+                return Err(PoolError::Damaged {
+                    what: format!("{extent} has a part of something else"),
+                });
+            }
+            self.allocator.take(*extent);
+            let (counts, number) = self.counts_of(*extent);
+            counts.set(number, references - 1)?;
         }
         for (address, (pointer, references)) in &count.pages {
             for block in [*address, pointer.second]

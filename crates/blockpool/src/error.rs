@@ -144,12 +144,12 @@ pub enum PoolError {
     },
     /// A stream of another version.
     #[error(
-        "the stream has format version {found}, this program reads version {known}; send it with the same program"
+        "the stream has format version {found}, this program reads versions up to {known}; send it with the same program"
     )]
     StreamVersion {
         /// Its version.
         found: u32,
-        /// The version that is read.
+        /// The newest version that is read.
         known: u32,
     },
     /// A receive that can go on.

@@ -26,7 +26,7 @@ struct Leaf {
 }
 
 impl Leaf {
-    /// The records that nobody writes in place, and which of their blocks are seen here.
+    /// The records of the pool that nobody writes in place, and which of their blocks what is seen here depends on.
     fn frozen(&self) -> impl Iterator<Item = (u64, u16)> {
         self.slots.iter().flat_map(|slot| {
             let may_change = !self.is_snapshot && is_own(slot.front, self.share_epoch);
@@ -35,7 +35,7 @@ impl Leaf {
                 .into_iter()
                 .flatten()
                 .filter(|pointer| !pointer.is_null())
-                .map(|pointer| (pointer.record, pointer.map))
+                .map(|pointer| (pointer.record, pointer.used_bits()))
         })
     }
 }
@@ -215,8 +215,15 @@ fn note_slot(
     report: &mut ScrubReport,
 ) {
     for block in 0..RECORD_BLOCKS {
-        let known = slot.find(block).and_then(|record| bad.get(&record));
-        let Some((_, reason)) = known.filter(|(blocks, _)| blocks >> block & 1 != 0) else {
+        let Some(pointer) = slot.find(block) else {
+            continue;
+        };
+        let needed = match pointer.packed {
+            Some(_) => pointer.used_bits(),
+            None => 1 << block,
+        };
+        let known = bad.get(&pointer.record);
+        let Some((_, reason)) = known.filter(|(blocks, _)| blocks & needed != 0) else {
             continue;
         };
         let offset_bytes = record_offset_bytes + block * BLOCK_BYTES;

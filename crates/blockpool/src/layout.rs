@@ -1,5 +1,7 @@
 //! Units, the superblock and where things are: docs/format/pool.md. Pages are in `page`, log records in `log`.
 
+use std::fmt;
+
 use crate::error::{PoolError, Result};
 
 /// The version of the format that is written.
@@ -85,6 +87,55 @@ pub(crate) struct Tree {
     pub(crate) height: u8,
 }
 
+/// Blocks of data that are given out, shared and freed as one: a record, or the part of one that a compressed record takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Extent {
+    pub(crate) first_block: u64,
+    /// [`RECORD_BLOCKS`] for a record, fewer inside one for others.
+    pub(crate) block_count: u64,
+}
+
+impl Extent {
+    pub(crate) fn of_record(record: u64) -> Self {
+        Self {
+            first_block: record * RECORD_BLOCKS,
+            block_count: RECORD_BLOCKS,
+        }
+    }
+
+    pub(crate) fn is_record(self) -> bool {
+        self.block_count == RECORD_BLOCKS
+    }
+
+    /// The record that it is, or is a part of.
+    pub(crate) fn record(self) -> u64 {
+        self.first_block / RECORD_BLOCKS
+    }
+
+    /// Its blocks, as bits of those of the record.
+    pub(crate) fn bits(self) -> u16 {
+        let first = self.first_block % RECORD_BLOCKS;
+        (((1u32 << self.block_count) - 1) << first) as u16
+    }
+
+    pub(crate) fn offset_bytes(self) -> u64 {
+        self.first_block * BLOCK_BYTES
+    }
+
+    pub(crate) fn length_bytes(self) -> u64 {
+        self.block_count * BLOCK_BYTES
+    }
+}
+
+impl fmt::Display for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.is_record() {
+            true => write!(f, "record {}", self.record()),
+            false => write!(f, "the extent at block {}", self.first_block),
+        }
+    }
+}
+
 /// An unsigned number of up to 8 bytes, little-endian.
 pub(crate) fn read_uint(bytes: &[u8]) -> u64 {
     let mut full = [0; 8];
@@ -101,8 +152,8 @@ pub(crate) struct Superblock {
     pub(crate) size_blocks: u64,
     pub(crate) log_records: u64,
     pub(crate) next_id: u64,
-    /// Records that hold data.
-    pub(crate) data_records: u64,
+    /// Blocks that hold data.
+    pub(crate) data_blocks: u64,
     pub(crate) trees: [Tree; TREE_COUNT],
 }
 
@@ -117,7 +168,7 @@ impl Superblock {
             size_blocks: size_records * RECORD_BLOCKS,
             log_records: (size_records / LOG_PART).clamp(LOG_RECORDS.0, LOG_RECORDS.1),
             next_id: 1,
-            data_records: 0,
+            data_blocks: 0,
             trees: [Tree::default(); TREE_COUNT],
         })
     }
@@ -154,7 +205,7 @@ impl Superblock {
             self.size_blocks,
             self.log_records,
             self.next_id,
-            self.data_records,
+            self.data_blocks,
         ];
         for (index, number) in numbers.into_iter().enumerate() {
             bytes[32 + 8 * index..40 + 8 * index].copy_from_slice(&number.to_le_bytes());
@@ -198,7 +249,10 @@ impl Superblock {
             size_blocks: number(2),
             log_records: number(3),
             next_id: number(4),
-            data_records: number(5),
+            data_blocks: match version {
+                ..3 => number(5).saturating_mul(RECORD_BLOCKS),
+                _ => number(5),
+            },
             trees,
         };
         found.check()?;

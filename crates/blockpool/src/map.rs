@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crate::error::{PoolError, Result};
-use crate::layout::{PagePointer, RECORD_BLOCKS, Tree};
+use crate::layout::{Extent, PagePointer, RECORD_BLOCKS, Tree};
 use crate::metadata::{Metadata, span};
 use crate::page::{PageKind, RecordPointer, SLOTS, Slot};
 
@@ -40,30 +40,23 @@ impl Metadata {
         slot: Slot,
     ) -> Result<()> {
         let old = self.slot(*map, record_index)?;
-        let old_records = [old.front.record, old.back.record];
-        let new_records = [slot.front.record, slot.back.record];
-        for record in slot
-            .records()
-            .filter(|record| !old_records.contains(record))
-        {
-            if !self.allocator.contains_record(record)
-                || self.allocator.is_used(record * RECORD_BLOCKS)
+        let is_in = |extent: &Extent, slot: Slot| slot.extents().any(|other| other == *extent);
+        for extent in slot.extents().filter(|extent| !is_in(extent, old)) {
+            if !self.allocator.contains_record(extent.record())
+                || self.allocator.is_used_partly(extent)
             {
                 return Err(PoolError::Damaged {
-                    what: format!("record {record} is given to an object and is not free"),
+                    what: format!("{extent} is given to an object and is not free"),
                 });
             }
         }
         self.store_slot(map, record_index, slot)?;
-        for record in slot
-            .records()
-            .filter(|record| !old_records.contains(record))
-        {
-            self.allocator.take_record(record);
-            self.forget_sums(record);
+        for extent in slot.extents().filter(|extent| !is_in(extent, old)) {
+            self.allocator.take(extent);
+            self.forget_sums(extent);
         }
-        for record in old.records().filter(|record| !new_records.contains(record)) {
-            self.release_record(record);
+        for extent in old.extents().filter(|extent| !is_in(extent, slot)) {
+            self.release_extent(extent);
         }
         Ok(())
     }
@@ -296,8 +289,8 @@ impl Metadata {
             if kept != slot && !is_snapshot {
                 self.store_slot(&mut maps[source], source_first + offset, kept)?;
             }
-            for record in slot.records() {
-                self.records.add(record)?;
+            for extent in slot.extents() {
+                self.add_reference(extent)?;
             }
             let born = |pointer: RecordPointer| RecordPointer {
                 birth: if pointer.is_null() { 0 } else { epoch },
@@ -308,8 +301,8 @@ impl Metadata {
                 back: born(kept.back),
             };
             self.store_slot(&mut maps[target], target_first + offset, placed)?;
-            for record in old.records() {
-                self.release_record(record);
+            for extent in old.extents() {
+                self.release_extent(extent);
             }
         }
         Ok(())

@@ -11,7 +11,8 @@ use crate::catalog::Catalog;
 use crate::disk::Disk;
 use crate::error::{PoolError, Result};
 use crate::layout::{
-    BLOCK, BLOCK_BYTES, PagePointer, RECORD_BLOCKS, TREE_COUNT, TREE_MAX_HEIGHT, Tree, TreeName,
+    BLOCK, BLOCK_BYTES, Extent, PagePointer, RECORD_BLOCKS, TREE_COUNT, TREE_MAX_HEIGHT, Tree,
+    TreeName,
 };
 use crate::page::{FANOUT, PAYLOAD, Page, PageKind};
 use crate::references::References;
@@ -182,8 +183,8 @@ impl Metadata {
                 }
             }
             Page::Map(slots) => {
-                for record in slots.iter().flat_map(|slot| slot.records()) {
-                    self.records.add(record)?;
+                for extent in slots.iter().flat_map(|slot| slot.extents()) {
+                    self.add_reference(extent)?;
                 }
             }
             Page::Raw { .. } => {}
@@ -206,14 +207,36 @@ impl Metadata {
         self.dirty.remove(&pointer.address);
     }
 
-    /// Drops one reference to a record.
-    pub(crate) fn release_record(&mut self, record: u64) {
-        if self.records.drop_one(record) {
+    /// The counts that have an extent's, and its number in them.
+    pub(crate) fn counts_of(&mut self, extent: Extent) -> (&mut References, u64) {
+        match extent.is_record() {
+            true => (&mut self.records, extent.record()),
+            false => (&mut self.pages, extent.first_block),
+        }
+    }
+
+    /// Adds one reference to data.
+    pub(crate) fn add_reference(&mut self, extent: Extent) -> Result<()> {
+        let (counts, number) = self.counts_of(extent);
+        counts.add(number)
+    }
+
+    /// References to data beyond the first.
+    pub(crate) fn extra_references(&self, extent: Extent) -> u32 {
+        match extent.is_record() {
+            true => self.records.extra(extent.record()),
+            false => self.pages.extra(extent.first_block),
+        }
+    }
+
+    /// Drops one reference to data.
+    pub(crate) fn release_extent(&mut self, extent: Extent) {
+        let (counts, number) = self.counts_of(extent);
+        if counts.drop_one(number) {
             return;
         }
-        if self.allocator.contains_record(record) && self.allocator.is_used(record * RECORD_BLOCKS)
-        {
-            self.allocator.free(Freed::Record(record));
+        if self.allocator.is_used_extent(extent) {
+            self.allocator.free(Freed::Data(extent));
         } else {
             self.has_wrong_counts = true;
         }
@@ -232,8 +255,8 @@ impl Metadata {
                 }
             }
             Ok(Page::Map(slots)) => {
-                for record in slots.iter().flat_map(|slot| slot.records()) {
-                    self.release_record(record);
+                for extent in slots.iter().flat_map(|slot| slot.extents()) {
+                    self.release_extent(extent);
                 }
             }
             Ok(Page::Raw { .. }) => {}
@@ -475,13 +498,13 @@ impl Metadata {
         Err(PoolError::Full)
     }
 
-    /// A record for data. Some of the pool is kept for metadata, so that what is full can still be emptied.
-    pub(crate) fn reserve_record(&mut self) -> Result<u64> {
+    /// Room for data. Some of the pool is kept for metadata, so that what is full can still be emptied.
+    pub(crate) fn reserve(&mut self, block_count: u64) -> Result<Extent> {
         let kept = self.checkpoint_need_records() + 12 + self.allocator.total_records() / 64;
         if self.allocator.free_records() <= kept {
             return Err(PoolError::Full);
         }
-        self.allocator.reserve_record().ok_or(PoolError::Full)
+        self.allocator.reserve(block_count).ok_or(PoolError::Full)
     }
 }
 

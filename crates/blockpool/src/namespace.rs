@@ -4,7 +4,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::apply::AlignedRange;
-use crate::catalog::{CHECKED, Entry, EntryKind, ObjectId};
+use crate::catalog::{CHECKED, Entry, EntryKind, ObjectId, compression_bits, compression_of};
+use crate::compression::Compression;
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK_BYTES, RECORD_BYTES, check_pool_size};
 use crate::metadata::Metadata;
@@ -50,17 +51,21 @@ pub struct Listed {
 pub struct DatasetOptions {
     /// Every write goes to a new place and gets a checksum at once.
     pub checksum: bool,
+    /// What is written is compressed, a record of 64 KiB at a time; all that [`Self::checksum`] says comes with it.
+    pub compression: Compression,
 }
 
 impl DatasetOptions {
-    fn from_byte(byte: u8) -> Self {
+    pub(crate) fn from_byte(byte: u8) -> Self {
         Self {
             checksum: byte & CHECKED != 0,
+            compression: compression_of(byte),
         }
     }
 
-    fn to_byte(self) -> u8 {
-        if self.checksum { CHECKED } else { 0 }
+    pub(crate) fn to_byte(self) -> u8 {
+        let checked = if self.checksum { CHECKED } else { 0 };
+        checked | compression_bits(self.compression)
     }
 }
 

@@ -1,14 +1,15 @@
 //! Reading and writing what an object holds.
 //!
 //! A write goes to its place if nobody else can see that place, else to a new record, and the slot is changed when the data
-//! is written. Writes to one record are ordered by its stripe; the map is only locked to look at it and to change it.
+//! is written. Where what is written is compressed it goes to a new extent with all of its record (`whole`). Writes to one record are ordered by its stripe; the map is only locked to look at it and to change it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
-use crate::catalog::{CHECKED, EntryKind, ObjectId};
+use crate::catalog::{CHECKED, EntryKind, ObjectId, compression_of};
+use crate::compression::Method;
 use crate::error::{PoolError, Result};
-use crate::layout::{BLOCK, BLOCK_BYTES, RECORD, RECORD_BLOCKS, RECORD_BYTES};
+use crate::layout::{BLOCK, BLOCK_BYTES, Extent, RECORD, RECORD_BLOCKS, RECORD_BYTES};
 use crate::map::block_bits;
 use crate::metadata::Metadata;
 use crate::operation::Operation;
@@ -26,17 +27,25 @@ pub struct Object {
 }
 
 /// Where the bytes of one write to one record go.
-struct Plan {
-    /// The record that is written.
-    target: u64,
+pub(crate) struct Plan {
+    /// What is written.
+    pub(crate) target: Extent,
     /// It was reserved for this write.
-    is_new: bool,
-    old: Slot,
-    new: Slot,
+    pub(crate) is_new: bool,
+    pub(crate) old: Slot,
+    pub(crate) new: Slot,
     /// Blocks that come over from the old slot.
-    copied: u16,
+    pub(crate) copied: u16,
     /// What is written gets checksums.
-    is_checked: bool,
+    pub(crate) is_checked: bool,
+}
+
+/// How a write is done.
+enum Way {
+    /// To blocks of a record.
+    Blocks(Plan),
+    /// With all of its record, compressed.
+    Whole(Slot, Method),
 }
 
 /// What is known of a block that is read.
@@ -51,12 +60,21 @@ enum Check {
 }
 
 /// A piece of an object that is in one place.
-struct Extent {
-    /// Where on the disk; none for a hole.
-    disk_offset_bytes: Option<u64>,
+pub(crate) struct Piece {
+    source: Source,
     length_bytes: usize,
-    /// One for each block that it touches.
+    /// One for each block that it touches; of what is compressed, one for each block of the extent.
     checks: Vec<Check>,
+}
+
+/// Where a piece begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Hole,
+    /// Offset on the disk.
+    Disk(u64),
+    /// Offset in a compressed record.
+    Packed(Extent, Method, usize),
 }
 
 /// Poisoning says that a thread panicked, not that what the gate guards is wrong: it guards an order.
@@ -104,16 +122,16 @@ impl Object {
     pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> Result<()> {
         let inner = &*self.pool.inner;
         let _io = shared(&inner.io_gate);
-        let extents = {
+        let pieces = {
             let mut state = inner.state();
             let metadata = &mut state.metadata;
             metadata.check_range(self.id, offset_bytes, buffer.len() as u64)?;
-            metadata.extents(self.id, offset_bytes, buffer.len())?
+            metadata.pieces(self.id, offset_bytes, buffer.len())?
         };
         let mut rest = buffer;
-        for extent in extents {
-            let (piece, left) = rest.split_at_mut(extent.length_bytes);
-            inner.read_extent(piece, &extent)?;
+        for piece in pieces {
+            let (bytes, left) = rest.split_at_mut(piece.length_bytes);
+            inner.read_piece(bytes, &piece)?;
             rest = left;
         }
         Ok(())
@@ -293,14 +311,14 @@ impl Metadata {
         }
     }
 
-    /// Where a range is, in order; neighbours on the disk are one extent.
-    fn extents(&mut self, id: u64, offset_bytes: u64, length_bytes: usize) -> Result<Vec<Extent>> {
+    /// Where a range is, in order; neighbours on the disk are one piece.
+    fn pieces(&mut self, id: u64, offset_bytes: u64, length_bytes: usize) -> Result<Vec<Piece>> {
         let entry = self.entry(id)?;
         let (map, share_epoch) = (entry.map, entry.share_epoch);
         let is_snapshot = entry.kind == EntryKind::Snapshot;
         let makes_sums = self.has_room_for_sums();
         let mut row = (0, Row::default());
-        let mut extents: Vec<Extent> = Vec::new();
+        let mut pieces: Vec<Piece> = Vec::new();
         let mut slot = (u64::MAX, Slot::default());
         let mut done = 0;
         while done < length_bytes {
@@ -312,76 +330,117 @@ impl Metadata {
             let block = at / BLOCK_BYTES % RECORD_BLOCKS;
             let length = (BLOCK - in_block as usize).min(length_bytes - done);
             let found = slot.1.find(block);
-            let place = found.map(|record| record * RECORD_BYTES + block * BLOCK_BYTES + in_block);
-            self.check_disk_place(place)?;
-            let own = slot.1.front;
-            let may_change = !is_snapshot && is_own(own, share_epoch);
-            let check = match found {
-                Some(record) if !may_change || record != own.record => {
-                    if row.0 != record {
-                        row = (record, self.sums_of(record));
-                    }
-                    match row.1[block as usize] {
-                        0 if makes_sums && length == BLOCK => Check::Make,
-                        0 => Check::Nothing,
-                        sum => Check::Sum(sum),
-                    }
-                }
-                _ => Check::Nothing,
-            };
-            match extents.last_mut() {
-                Some(last) if last.is_followed_by(place) => {
-                    last.length_bytes += length;
-                    last.checks.push(check);
-                }
-                _ => extents.push(Extent {
-                    disk_offset_bytes: place,
+            let source = self.source_of(found, at % RECORD_BYTES)?;
+            if let Some(last) = pieces.last_mut().filter(|last| last.is_followed_by(source)) {
+                last.length_bytes += length;
+            } else {
+                pieces.push(Piece {
+                    source,
                     length_bytes: length,
-                    checks: vec![check],
-                }),
+                    checks: Vec::new(),
+                });
+            }
+            let Some(last) = pieces.last_mut() else {
+                break;
+            };
+            let own = slot.1.front;
+            let may_change = !is_snapshot && is_own(own, share_epoch) && found == Some(own);
+            match (found, source) {
+                (Some(pointer), Source::Packed(..)) if last.checks.is_empty() => {
+                    last.checks = self.checks_of(pointer, makes_sums);
+                }
+                (Some(pointer), Source::Disk(_)) => {
+                    if row.0 != pointer.record && !may_change {
+                        row = (pointer.record, self.sums_of(pointer.record));
+                    }
+                    let makes_sum = makes_sums && length == BLOCK;
+                    last.checks.push(match may_change {
+                        true => Check::Nothing,
+                        false => Check::of(row.1[block as usize], makes_sum),
+                    });
+                }
+                _ => {}
             }
             done += length;
         }
-        Ok(extents)
+        Ok(pieces)
     }
 
-    fn check_disk_place(&self, place: Option<u64>) -> Result<()> {
-        match place {
-            Some(offset) if !self.allocator.contains_block(offset / BLOCK_BYTES) => {
-                Err(PoolError::Damaged {
-                    what: format!(
-                        "a map names record {}, which the pool has not",
-                        offset / RECORD_BYTES
-                    ),
-                })
-            }
-            _ => Ok(()),
+    /// Where a part of a record is that is seen through a pointer.
+    fn source_of(&self, found: Option<RecordPointer>, in_record: u64) -> Result<Source> {
+        let Some((pointer, extent)) = found.and_then(|found| Some((found, found.extent()?))) else {
+            return Ok(Source::Hole);
+        };
+        if !self.allocator.contains_record(pointer.record) {
+            return Err(PoolError::Damaged {
+                what: format!("a map names {extent}, which the pool has not"),
+            });
         }
+        Ok(match pointer.packed {
+            None => Source::Disk(extent.offset_bytes() + in_record),
+            Some(packed) => Source::Packed(extent, packed.method, in_record as usize),
+        })
+    }
+
+    /// What is known of the blocks of an extent.
+    fn checks_of(&mut self, pointer: RecordPointer, makes_sums: bool) -> Vec<Check> {
+        let row = self.sums_of(pointer.record);
+        let bits = pointer.used_bits();
+        let blocks = (0..row.len()).filter(|block| bits >> block & 1 != 0);
+        blocks
+            .map(|block| Check::of(row[block], makes_sums))
+            .collect()
+    }
+
+    /// Where blocks of an older slot are, from the first of them on, as one piece.
+    pub(crate) fn old_piece(
+        &mut self,
+        pointer: RecordPointer,
+        first_block: u64,
+        block_count: u64,
+    ) -> Result<Piece> {
+        let source = self.source_of(Some(pointer), first_block * BLOCK_BYTES)?;
+        let checks = match pointer.packed {
+            Some(_) => self.checks_of(pointer, false),
+            None => {
+                let row = self.sums_of(pointer.record);
+                let sums = &row[first_block as usize..(first_block + block_count) as usize];
+                sums.iter().map(|sum| Check::of(*sum, false)).collect()
+            }
+        };
+        Ok(Piece {
+            source,
+            length_bytes: (block_count * BLOCK_BYTES) as usize,
+            checks,
+        })
     }
 
     /// Decides where blocks `bits` of a record of an object are written.
-    fn plan(&mut self, id: u64, record_index: u64, bits: u16) -> Result<Plan> {
+    fn plan(&mut self, id: u64, record_index: u64, bits: u16) -> Result<Way> {
         let entry = self.entry(id)?;
         let (map, share_epoch, parent) = (entry.map, entry.share_epoch, entry.parent);
-        let dataset = self.catalog.get(parent);
-        let is_checked = dataset.is_some_and(|dataset| dataset.options & CHECKED != 0);
+        let options = self.catalog.get(parent).map_or(0, |entry| entry.options);
         let old = self.slot(map, record_index)?;
+        if let Some(method) = compression_of(options).method() {
+            return Ok(Way::Whole(old, method));
+        }
+        let is_checked = options & CHECKED != 0;
         if !is_checked && is_own(old.front, share_epoch) {
-            self.check_disk_place(Some(old.front.record * RECORD_BYTES))?;
+            self.source_of(Some(old.front), 0)?;
             let front = RecordPointer {
                 map: old.front.map | bits,
                 ..old.front
             };
-            return Ok(Plan {
-                target: front.record,
+            return Ok(Way::Blocks(Plan {
+                target: Extent::of_record(front.record),
                 is_new: false,
                 old,
                 new: Slot::normal(front, old.back),
                 copied: 0,
                 is_checked,
-            });
+            }));
         }
-        let target = self.reserve_record()?;
+        let target = self.reserve(RECORD_BLOCKS)?;
         let (front, back) = (old.front.without(bits), old.back.without(bits));
         // A slot has room for one older record. Of two, the one of which less is seen is copied.
         let (copied, kept) = if front.is_null() {
@@ -394,37 +453,49 @@ impl Metadata {
             (back.map, front)
         };
         let written = RecordPointer {
-            record: target,
-            map: bits | copied,
-            is_shared: is_checked,
             birth: self.epoch,
+            ..RecordPointer::to(target, bits | copied, is_checked, None)
         };
         // What has checksums stays as it is, also when the dataset has other options one day.
         let kept = RecordPointer {
             is_shared: kept.is_shared || (is_checked && !kept.is_null()),
             ..kept
         };
-        Ok(Plan {
+        Ok(Way::Blocks(Plan {
             target,
             is_new: true,
             old,
             new: Slot::normal(written, kept),
             copied,
             is_checked,
-        })
+        }))
     }
 }
 
 /// Whether nobody else can see the record of a front pointer.
 pub(crate) fn is_own(front: RecordPointer, share_epoch: u64) -> bool {
-    !front.is_null() && !front.is_shared && front.birth > share_epoch
+    !front.is_null() && !front.is_shared && front.packed.is_none() && front.birth > share_epoch
 }
 
-impl Extent {
-    fn is_followed_by(&self, place: Option<u64>) -> bool {
-        match (self.disk_offset_bytes, place) {
-            (None, None) => true,
-            (Some(begin), Some(place)) => begin + self.length_bytes as u64 == place,
+impl Check {
+    fn of(sum: u32, makes_sum: bool) -> Self {
+        match sum {
+            0 if makes_sum => Self::Make,
+            0 => Self::Nothing,
+            sum => Self::Sum(sum),
+        }
+    }
+}
+
+impl Piece {
+    fn is_followed_by(&self, source: Source) -> bool {
+        let length = self.length_bytes;
+        match (self.source, source) {
+            (Source::Hole, Source::Hole) => true,
+            (Source::Disk(begin), Source::Disk(next)) => begin + length as u64 == next,
+            (Source::Packed(extent, _, begin), Source::Packed(other, _, next)) => {
+                extent == other && begin + length == next
+            }
             _ => false,
         }
     }
@@ -448,11 +519,18 @@ impl Inner {
         let end = at + bytes.len();
         let first_block = (at / BLOCK) as u64;
         let bits = block_bits(first_block, end.div_ceil(BLOCK) as u64);
-        let plan = {
+        let way = {
             let mut state = self.state();
             let offset_bytes = record_index * RECORD_BYTES + at as u64;
             state.check_writable(id, offset_bytes, bytes.len() as u64)?;
             state.metadata.plan(id, record_index, bits)?
+        };
+        let plan = match way {
+            Way::Blocks(plan) => plan,
+            Way::Whole(old, method) => {
+                let place = (id, record_index, stripe);
+                return self.write_whole(place, at, bytes, (old, method));
+            }
         };
         let mut row = Row::default();
         let written = self
@@ -473,7 +551,7 @@ impl Inner {
     }
 
     /// What was written becomes a part of the object; true when a checkpoint is due.
-    fn commit_write(
+    pub(crate) fn commit_write(
         &self,
         id: u64,
         record_index: u64,
@@ -489,18 +567,17 @@ impl Inner {
             slot,
         })?;
         let fresh = match plan.is_new {
-            true => plan.new.front.map,
+            true => plan.new.front.used_bits(),
             false => plan.new.front.map & !plan.old.front.map,
         };
+        let record = plan.target.record();
         for block in (0..RECORD_BLOCKS).filter(|block| fresh >> block & 1 != 0) {
-            state
-                .pending
-                .fresh
-                .insert(plan.target * RECORD_BLOCKS + block, stripe);
+            let address = record * RECORD_BLOCKS + block;
+            state.pending.fresh.insert(address, stripe);
         }
         if plan.is_checked {
             let sums = row.iter().copied().filter(|sum| *sum != 0).collect();
-            let (record, map) = (plan.target, plan.new.front.map);
+            let map = plan.new.front.used_bits();
             state.commit_later(&Operation::Sums { record, map, sums })?;
         }
         let is_due = state.is_checkpoint_due();
@@ -513,29 +590,42 @@ impl Inner {
     }
 
     /// Reads what is in one place and compares it with what is known of it.
-    fn read_extent(&self, piece: &mut [u8], extent: &Extent) -> Result<()> {
-        let Some(offset_bytes) = extent.disk_offset_bytes else {
-            piece.fill(0);
-            return Ok(());
-        };
+    pub(crate) fn read_piece(&self, bytes: &mut [u8], piece: &Piece) -> Result<()> {
         let read = |buffer: &mut [u8], offset_bytes| {
             let result = self.disk.read_at(buffer, offset_bytes);
             result.map_err(PoolError::io("read data"))
         };
-        if extent.checks.iter().all(|check| *check == Check::Nothing) {
-            return read(piece, offset_bytes);
+        let offset_bytes = match piece.source {
+            Source::Hole => {
+                bytes.fill(0);
+                return Ok(());
+            }
+            Source::Packed(extent, method, at) => {
+                let mut packed = vec![0; extent.length_bytes() as usize];
+                read(&mut packed, extent.offset_bytes())?;
+                self.check_blocks(&packed, extent.first_block, &piece.checks)?;
+                let record = method.unpack(&packed).ok_or_else(|| PoolError::Damaged {
+                    what: format!("{extent} holds no compressed record"),
+                })?;
+                bytes.copy_from_slice(&record[at..at + bytes.len()]);
+                return Ok(());
+            }
+            Source::Disk(offset_bytes) => offset_bytes,
+        };
+        if piece.checks.iter().all(|check| *check == Check::Nothing) {
+            return read(bytes, offset_bytes);
         }
         let first_block = offset_bytes / BLOCK_BYTES;
         let before = (offset_bytes % BLOCK_BYTES) as usize;
-        let length = piece.len();
+        let length = bytes.len();
         if before == 0 && length.is_multiple_of(BLOCK) {
-            read(piece, offset_bytes)?;
-            return self.check_blocks(piece, first_block, &extent.checks);
+            read(bytes, offset_bytes)?;
+            return self.check_blocks(bytes, first_block, &piece.checks);
         }
         let mut whole = vec![0; (before + length).next_multiple_of(BLOCK)];
         read(&mut whole, first_block * BLOCK_BYTES)?;
-        self.check_blocks(&whole, first_block, &extent.checks)?;
-        piece.copy_from_slice(&whole[before..before + length]);
+        self.check_blocks(&whole, first_block, &piece.checks)?;
+        bytes.copy_from_slice(&whole[before..before + length]);
         Ok(())
     }
 
@@ -567,14 +657,14 @@ impl Inner {
     }
 
     /// Gives a record back that no slot names.
-    fn give_up(&self, plan: &Plan) {
+    pub(crate) fn give_up(&self, plan: &Plan) {
         if !plan.is_new {
             return;
         }
         let mut state = self.state();
         let allocator = &mut state.metadata.allocator;
-        if !allocator.is_used(plan.target * RECORD_BLOCKS) {
-            allocator.give_back_record(plan.target);
+        if !allocator.is_used(plan.target.first_block) {
+            allocator.give_back(plan.target);
         }
     }
 
@@ -590,27 +680,17 @@ impl Inner {
     /// What a block was before the write.
     fn old_block(&self, plan: &Plan, block: u64) -> Result<Vec<u8>> {
         let mut content = vec![0; BLOCK];
-        if let Some(record) = plan.old.find(block) {
+        if let Some(pointer) = plan.old.find(block) {
             // What is damaged must not get a new place and a right checksum.
-            let known = self.state().metadata.sums_of(record)[block as usize];
-            let check = if known == 0 {
-                Check::Nothing
-            } else {
-                Check::Sum(known)
-            };
-            let extent = Extent {
-                disk_offset_bytes: Some(record * RECORD_BYTES + block * BLOCK_BYTES),
-                length_bytes: BLOCK,
-                checks: vec![check],
-            };
-            self.read_extent(&mut content, &extent)?;
+            let piece = self.state().metadata.old_piece(pointer, block, 1)?;
+            self.read_piece(&mut content, &piece)?;
         }
         Ok(content)
     }
 
-    fn write_data(&self, bytes: &[u8], record: u64, at: usize) -> Result<()> {
+    pub(crate) fn write_data(&self, bytes: &[u8], extent: Extent, at: usize) -> Result<()> {
         self.disk
-            .write_at(bytes, record * RECORD_BYTES + at as u64)
+            .write_at(bytes, extent.offset_bytes() + at as u64)
             .map_err(PoolError::io("write data"))
     }
 

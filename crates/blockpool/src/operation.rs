@@ -324,20 +324,27 @@ impl<'a> Reader<'a, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::page::RecordPointer;
+    use crate::compression::Method;
+    use crate::page::{Packed, RecordPointer};
 
     fn one_of_each() -> Vec<Operation> {
         let name = "ä name".to_owned();
         let front = RecordPointer {
             record: 77,
             map: 0x0ff0,
-            is_shared: true,
+            is_shared: false,
+            packed: None,
             birth: 1 << 40,
         };
         let back = RecordPointer {
             record: 78,
             map: 1,
-            is_shared: false,
+            is_shared: true,
+            packed: Some(Packed {
+                method: Method::Zstd,
+                first: 2,
+                count: 14,
+            }),
             birth: 3,
         };
         let (id, parent, unix_s) = (9, 8, -5);

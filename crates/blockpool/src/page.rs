@@ -1,7 +1,8 @@
 //! Pages of metadata: their types, and their bytes as in docs/format/pool.md.
 
+use crate::compression::{Method, PACKED_BLOCKS_MAX};
 use crate::error::{PoolError, Result};
-use crate::layout::{BLOCK, PagePointer, TREE_MAX_HEIGHT, read_uint};
+use crate::layout::{BLOCK, Extent, PagePointer, RECORD_BLOCKS, TREE_MAX_HEIGHT, read_uint};
 
 /// Bytes of a page behind its header.
 pub(crate) const PAYLOAD: usize = BLOCK - HEADER;
@@ -25,6 +26,15 @@ pub(crate) enum PageKind {
     Sums = 7,
 }
 
+/// Where in a record of the pool a compressed record is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Packed {
+    pub(crate) method: Method,
+    /// First block and number of blocks, in the record.
+    pub(crate) first: u8,
+    pub(crate) count: u8,
+}
+
 /// Where a record of an object is, or a part of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct RecordPointer {
@@ -34,15 +44,54 @@ pub(crate) struct RecordPointer {
     pub(crate) map: u16,
     /// Another slot may point to the record.
     pub(crate) is_shared: bool,
+    /// It is compressed.
+    pub(crate) packed: Option<Packed>,
     /// The epoch in which it got here.
     pub(crate) birth: u64,
 }
 
 impl RecordPointer {
     const SHARED: u8 = 1;
+    const LZ4: u8 = 2;
+    const ZSTD: u8 = 4;
 
     pub(crate) fn is_null(self) -> bool {
         self.record == 0
+    }
+
+    /// The pointer to data that was written to an extent.
+    pub(crate) fn to(extent: Extent, map: u16, is_shared: bool, method: Option<Method>) -> Self {
+        Self {
+            record: extent.record(),
+            map,
+            is_shared,
+            packed: method.map(|method| Packed {
+                method,
+                first: (extent.first_block % RECORD_BLOCKS) as u8,
+                count: extent.block_count as u8,
+            }),
+            birth: 0,
+        }
+    }
+
+    /// What it leads to, if it is one.
+    pub(crate) fn extent(self) -> Option<Extent> {
+        let extent = match self.packed {
+            None => Extent::of_record(self.record),
+            Some(packed) => Extent {
+                first_block: self.record * RECORD_BLOCKS + u64::from(packed.first),
+                block_count: u64::from(packed.count),
+            },
+        };
+        (!self.is_null()).then_some(extent)
+    }
+
+    /// The blocks on the disk that what is seen through it depends on, as bits of those of the record.
+    pub(crate) fn used_bits(self) -> u16 {
+        match (self.packed, self.extent()) {
+            (Some(_), Some(extent)) => extent.bits(),
+            _ => self.map,
+        }
     }
 
     /// The pointer without some of its blocks; none when none is left.
@@ -57,18 +106,42 @@ impl RecordPointer {
         bytes[..5].copy_from_slice(&self.record.to_le_bytes()[..5]);
         bytes[5..7].copy_from_slice(&self.map.to_le_bytes());
         bytes[7] = if self.is_shared { Self::SHARED } else { 0 };
+        if let Some(packed) = self.packed {
+            bytes[7] |= match packed.method {
+                Method::Lz4 => Self::LZ4,
+                Method::Zstd => Self::ZSTD,
+            };
+            bytes[14] = packed.first | (packed.count - 1) << 4;
+        }
         bytes[8..14].copy_from_slice(&self.birth.to_le_bytes()[..6]);
     }
 
     fn decode(bytes: &[u8]) -> Option<Self> {
+        let method = match bytes[7] & !Self::SHARED {
+            0 if bytes[14] == 0 => None,
+            Self::LZ4 => Some(Method::Lz4),
+            Self::ZSTD => Some(Method::Zstd),
+            _ => return None,
+        };
+        let packed = method.map(|method| Packed {
+            method,
+            first: bytes[14] & 15,
+            count: (bytes[14] >> 4) + 1,
+        });
+        let fits = packed.is_none_or(|packed| {
+            u64::from(packed.count) <= PACKED_BLOCKS_MAX
+                && u64::from(packed.first + packed.count) <= RECORD_BLOCKS
+                && bytes[7] & Self::SHARED != 0
+        });
         let found = Self {
             record: read_uint(&bytes[..5]),
             map: read_uint(&bytes[5..7]) as u16,
             is_shared: bytes[7] & Self::SHARED != 0,
+            packed,
             birth: read_uint(&bytes[8..14]),
         };
-        let good = bytes[7] & !Self::SHARED == 0
-            && bytes[14..16] == [0; 2]
+        let good = fits
+            && bytes[15] == 0
             && (found.map == 0) == found.is_null()
             && (!found.is_null() || found == Self::default());
         good.then_some(found)
@@ -107,20 +180,24 @@ impl Slot {
         self.front.map | self.back.map
     }
 
-    /// The record and the block in it that hold block `index`.
-    pub(crate) fn find(self, index: u64) -> Option<u64> {
+    /// The pointer through which block `index` is seen.
+    pub(crate) fn find(self, index: u64) -> Option<RecordPointer> {
         let bit = 1 << index;
         [self.front, self.back]
             .into_iter()
             .find(|pointer| pointer.map & bit != 0)
-            .map(|pointer| pointer.record)
     }
 
-    /// The records that it refers to.
-    pub(crate) fn records(self) -> impl Iterator<Item = u64> {
-        [self.front.record, self.back.record]
+    /// The data that block `index` is a part of: what is the same for the same index is the same content.
+    pub(crate) fn source(self, index: u64) -> Option<Extent> {
+        self.find(index).and_then(RecordPointer::extent)
+    }
+
+    /// What it refers to.
+    pub(crate) fn extents(self) -> impl Iterator<Item = Extent> {
+        [self.front, self.back]
             .into_iter()
-            .filter(|record| *record != 0)
+            .filter_map(RecordPointer::extent)
     }
 
     pub(crate) fn encode(self, bytes: &mut [u8]) {
@@ -133,9 +210,17 @@ impl Slot {
         let front = RecordPointer::decode(&bytes[..16])?;
         let back = RecordPointer::decode(&bytes[16..32])?;
         let good = (back.is_null() || !front.is_null())
-            && (back.is_null() || front.record != back.record)
+            && !overlap(front, back)
             && front.map & back.map == 0;
         good.then_some(Self { front, back })
+    }
+}
+
+/// Whether two pointers lead to the same blocks, or to some of them.
+fn overlap(a: RecordPointer, b: RecordPointer) -> bool {
+    match (a.extent(), b.extent()) {
+        (Some(a), Some(b)) => a.record() == b.record() && a.bits() & b.bits() != 0,
+        _ => false,
     }
 }
 

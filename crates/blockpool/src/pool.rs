@@ -184,7 +184,7 @@ impl Pool {
             state
                 .metadata
                 .allocator
-                .set_data_records(superblock.data_records);
+                .set_data_blocks(superblock.data_blocks);
         }
         Ok(pool)
     }

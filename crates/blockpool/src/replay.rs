@@ -2,7 +2,7 @@
 
 use crate::disk::Disk;
 use crate::error::{PoolError, Result};
-use crate::layout::{BLOCK, BLOCK_BYTES, RECORD_BLOCKS, Superblock};
+use crate::layout::{BLOCK, BLOCK_BYTES, Superblock};
 use crate::log::{self, LogRecord};
 use crate::operation::Operation;
 use crate::pool::Pool;
@@ -37,8 +37,8 @@ impl Pool {
         for operation in records.iter().flat_map(|record| &record.operations) {
             if let Operation::Slot { slot, .. } = operation
                 && !slot
-                    .records()
-                    .all(|record| metadata.allocator.reserve_named(record))
+                    .extents()
+                    .all(|extent| metadata.allocator.reserve_named(extent))
             {
                 return Err(damaged("it names records that the pool has not"));
             }
@@ -53,8 +53,8 @@ impl Pool {
         metadata.is_replaying = false;
         // The last record may have become durable without the data beside it.
         for (block, content) in &last.data {
-            let is_data = metadata.allocator.contains_block(*block)
-                && metadata.allocator.is_busy_record(*block / RECORD_BLOCKS);
+            let is_data =
+                metadata.allocator.contains_block(*block) && metadata.allocator.is_busy(*block);
             if !is_data {
                 return Err(damaged("it has data for blocks that hold none"));
             }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::catalog::ObjectId;
 use crate::error::Result;
-use crate::layout::{BLOCK_BYTES, PagePointer, RECORD_BYTES};
+use crate::layout::{BLOCK_BYTES, PagePointer};
 use crate::metadata::Metadata;
 use crate::page::{Page, PageKind};
 use crate::pool::Pool;
@@ -16,7 +16,7 @@ pub struct PoolSpace {
     pub size_bytes: u64,
     /// Superblocks and logs.
     pub reserved_bytes: u64,
-    /// Records of objects and snapshots, each once.
+    /// Records and extents of objects and snapshots, each once.
     pub data_bytes: u64,
     /// Pages.
     pub metadata_bytes: u64,
@@ -26,7 +26,7 @@ pub struct PoolSpace {
     pub free_bytes: u64,
     /// Records that have more than one reference of their own, without those that are shared as parts of a shared page.
     pub counted_records: u64,
-    /// Pages that have more than one reference.
+    /// Pages and extents of compressed records that have more than one reference of their own.
     pub counted_pages: u64,
     /// Memory that the counts of references take.
     pub references_memory_bytes: u64,
@@ -35,12 +35,22 @@ pub struct PoolSpace {
 /// What an object or snapshot takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ObjectSpace {
-    /// Records that it refers to.
+    /// Space of the records that it refers to.
     pub referenced_bytes: u64,
     /// Those that nothing else refers to: free when it is removed.
     pub exclusive_bytes: u64,
-    /// Blocks that hold something.
+    /// Blocks that hold something, before they were compressed.
     pub written_bytes: u64,
+}
+
+impl ObjectSpace {
+    /// How many bytes each byte of space holds; none where nothing is held. More than 1 is what compression gains, less what is
+    /// in records of which others see more.
+    #[must_use]
+    pub fn ratio(&self) -> Option<f64> {
+        (self.referenced_bytes > 0)
+            .then(|| self.written_bytes as f64 / self.referenced_bytes as f64)
+    }
 }
 
 impl std::ops::AddAssign for ObjectSpace {
@@ -61,7 +71,7 @@ impl Pool {
         let state = self.inner.state();
         let metadata = &state.metadata;
         let allocator = &metadata.allocator;
-        let data_bytes = allocator.data_records() * RECORD_BYTES;
+        let data_bytes = allocator.data_blocks() * BLOCK_BYTES;
         let metadata_bytes = allocator.used_blocks() * BLOCK_BYTES - data_bytes;
         let size_bytes = metadata.size_blocks * BLOCK_BYTES;
         let reserved_bytes = allocator.first_block() * BLOCK_BYTES;
@@ -128,10 +138,10 @@ impl Metadata {
             page => {
                 for slot in page.slots()?.iter() {
                     space.written_bytes += u64::from(slot.map().count_ones()) * BLOCK_BYTES;
-                    for record in slot.records() {
-                        space.referenced_bytes += RECORD_BYTES;
-                        if !is_shared && self.records.extra(record) == 0 {
-                            space.exclusive_bytes += RECORD_BYTES;
+                    for extent in slot.extents() {
+                        space.referenced_bytes += extent.length_bytes();
+                        if !is_shared && self.extra_references(extent) == 0 {
+                            space.exclusive_bytes += extent.length_bytes();
                         }
                     }
                 }

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use crate::error::{PoolError, Result};
-use crate::layout::{BLOCK, RECORD_BLOCKS, TreeName};
+use crate::layout::{BLOCK, Extent, RECORD_BLOCKS, TreeName};
 use crate::metadata::Metadata;
 use crate::page::{PAYLOAD, PageKind};
 
@@ -110,9 +110,22 @@ impl Metadata {
         self.sums.put(record, row);
     }
 
-    /// A record holds something new.
-    pub(crate) fn forget_sums(&mut self, record: u64) {
+    /// A record, or a part of one, holds something new.
+    pub(crate) fn forget_sums(&mut self, extent: Extent) {
         if !self.has_sums() {
+            return;
+        }
+        let record = extent.record();
+        if !extent.is_record() {
+            let mut row = self.sums_of(record);
+            for (block, sum) in row.iter_mut().enumerate() {
+                *sum = if extent.bits() >> block & 1 != 0 {
+                    0
+                } else {
+                    *sum
+                };
+            }
+            self.sums.put(record, row);
             return;
         }
         let tree = self.trees[TreeName::Sums as usize];
@@ -158,9 +171,9 @@ impl Metadata {
             encode_row(&mut payload, *record, row);
         }
         for record in leaf * ROWS..(leaf + 1) * ROWS {
-            let is_data = self.allocator.contains_record(record)
-                && self.allocator.is_used(record * RECORD_BLOCKS);
-            if !is_data {
+            let is_used = self.allocator.contains_record(record)
+                && self.allocator.is_used_partly(Extent::of_record(record));
+            if !is_used {
                 encode_row(&mut payload, record, &Row::default());
             }
         }

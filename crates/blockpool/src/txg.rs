@@ -353,7 +353,7 @@ impl Metadata {
             size_blocks: self.size_blocks,
             log_records: self.log_records,
             next_id: self.next_id,
-            data_records: self.allocator.data_records(),
+            data_blocks: self.allocator.data_blocks(),
             trees: self.trees,
         }
     }

@@ -5,8 +5,8 @@ mod support;
 use std::sync::Arc;
 
 use blockpool::{
-    BLOCK_BYTES, CrashChoice, Disk, Event, FileDisk, Name, Object, Pool, PoolError, RECORD_BYTES,
-    SimulatedDisk,
+    BLOCK_BYTES, Compression, CrashChoice, DatasetOptions, Disk, Event, FileDisk, Name, Object,
+    Pool, PoolError, RECORD_BYTES, SimulatedDisk,
 };
 use support::Numbers;
 use support::machine::verify_accounting;
@@ -563,8 +563,19 @@ fn a_recount_replaces_what_is_kept_once() {
 
 #[test]
 fn threads_write_clone_and_flush_at_once() {
+    for compression in [Compression::Off, Compression::Lz4] {
+        write_clone_and_flush_at_once(compression);
+    }
+}
+
+fn write_clone_and_flush_at_once(compression: Compression) {
     let disk = SimulatedDisk::new(64 << 20);
     let pool = pool_on(&disk);
+    let options = DatasetOptions {
+        compression,
+        ..DatasetOptions::default()
+    };
+    pool.set_options(&name("d"), options).unwrap();
     let base = pool.create_object(&name("d/base"), 1 << 20).unwrap();
     let shared = pool.create_object(&name("d/shared"), 4 << 20).unwrap();
     std::thread::scope(|scope| {

@@ -380,9 +380,9 @@ fn with_version(stream: &[u8], version: u32) -> Vec<u8> {
 fn another_version_and_what_is_no_stream_are_named() {
     let (_, stream) = small_stream();
     let (_, to) = new_pool(16 << 20, 2);
-    for version in [0, 2, u32::MAX] {
+    for version in [0, 3, u32::MAX] {
         let error = receive(&to, &with_version(&stream, version)).unwrap_err();
-        let PoolError::StreamVersion { found, known: 1 } = error else {
+        let PoolError::StreamVersion { found, known: 2 } = error else {
             panic!("{error}");
         };
         assert_eq!(found, version);
@@ -392,6 +392,23 @@ fn another_version_and_what_is_no_stream_are_named() {
         assert!(matches!(error, PoolError::Stream { .. }), "{error}");
     }
     assert_eq!(to.list(None).unwrap(), []);
+}
+
+#[test]
+fn a_stream_of_version_1_is_read() {
+    let (from, stream) = small_stream();
+    let (id, mut frames) = support::restream::split(&stream);
+    // It did not end with the options of the dataset.
+    assert_eq!(frames[0].1.pop(), Some(0));
+    let stream = with_version(&support::restream::join(id, &frames), 1);
+    let (_, to) = new_pool(16 << 20, 2);
+    receive(&to, &stream).unwrap();
+    assert_eq!(listing(&to), listing(&from));
+    frames[0].1.push(0);
+    let longer = with_version(&support::restream::join(id, &frames), 1);
+    let (_, to) = new_pool(16 << 20, 3);
+    let error = receive(&to, &longer).unwrap_err();
+    assert!(matches!(error, PoolError::Stream { .. }), "{error}");
 }
 
 #[test]
@@ -487,8 +504,14 @@ fn what_is_damaged_is_not_sent_and_a_checked_dataset_receives_checked() {
     from.scrub(|_| ()).unwrap();
     let (_, to) = new_pool(64 << 20, 2);
     to.create_dataset(&name("d")).unwrap();
-    to.set_options(&name("d"), DatasetOptions { checksum: true })
-        .unwrap();
+    to.set_options(
+        &name("d"),
+        DatasetOptions {
+            checksum: true,
+            ..DatasetOptions::default()
+        },
+    )
+    .unwrap();
     receive(&to, &send(&from, "d@1", None)).unwrap();
     assert_same(&from, &to, &NAMES);
     assert!(to.scrub(|_| ()).unwrap().data_blocks > 500);

@@ -4,20 +4,20 @@ use std::collections::HashMap;
 
 use super::frame::Place;
 use crate::error::Result;
-use crate::layout::{PagePointer, RECORD_BLOCKS, Tree};
+use crate::layout::{Extent, PagePointer, RECORD_BLOCKS, Tree};
 use crate::metadata::{Metadata, span};
 use crate::page::{FANOUT, Page, PageKind, SLOTS, Slot};
 
 /// The slots of a leaf, all empty where the map has none.
 type Slots = Box<[Slot; SLOTS]>;
 
-/// What the receiver has: which page and which record of the pool is where in it.
+/// What the receiver has: which page and which data of the pool is where in it.
 #[derive(Default)]
 pub(crate) struct Known {
     /// Pages of maps by address: where they are, and their first leaf.
     pages: HashMap<u64, (Place, u64)>,
-    /// Records with several references: a place and the number of the record there.
-    records: HashMap<u64, (Place, u64)>,
+    /// Data with several references: a place and the number of the record there.
+    extents: HashMap<Extent, (Place, u64)>,
 }
 
 /// Bits of the blocks of a record for which something is true.
@@ -94,7 +94,7 @@ impl Metadata {
         while let Some(leaf) = self.next_difference(a, b, from)? {
             let (a, b) = (self.slots_of(a, leaf)?, self.slots_of(b, leaf)?);
             let differs = |(a, b): (&Slot, &Slot)| {
-                (0..RECORD_BLOCKS).any(|block| a.find(block) != b.find(block))
+                (0..RECORD_BLOCKS).any(|block| a.source(block) != b.source(block))
             };
             if a.iter().zip(b.iter()).any(differs) {
                 return Ok(false);
@@ -143,10 +143,10 @@ impl Metadata {
                 continue;
             }
             for (slot, index) in page.slots()?.iter().zip(0..) {
-                for record in slot.records() {
-                    if self.records.extra(record) > 0 {
+                for extent in slot.extents() {
+                    if self.extra_references(extent) > 0 {
                         let at = first_leaf * SLOTS as u64 + index;
-                        known.records.entry(record).or_insert((place, at));
+                        known.extents.entry(extent).or_insert((place, at));
                     }
                 }
             }
@@ -172,16 +172,18 @@ impl Metadata {
         for (index, record) in (0..SLOTS).zip(leaf * SLOTS as u64..record_count) {
             let (mine, theirs) = (mine[index], theirs[index]);
             let matches = |other: Slot| {
-                bits(|block| mine.find(block).is_some() && mine.find(block) == other.find(block))
-                    .count_ones()
+                bits(|block| {
+                    mine.source(block).is_some() && mine.source(block) == other.source(block)
+                })
+                .count_ones()
             };
-            let differs = bits(|block| mine.find(block) != theirs.find(block));
+            let differs = bits(|block| mine.source(block) != theirs.source(block));
             if differs != 0 {
                 let by_page =
                     same_page.map(|(place, leaf)| (place, leaf * SLOTS as u64 + index as u64));
                 let by_record = mine
-                    .records()
-                    .filter_map(|record| known.records.get(&record).copied());
+                    .extents()
+                    .filter_map(|extent| known.extents.get(&extent).copied());
                 let mut best = (matches(theirs), None, theirs);
                 for (place, there) in by_page.into_iter().chain(by_record) {
                     let Some(map) = map_of(self, place) else {
@@ -193,7 +195,7 @@ impl Metadata {
                     }
                 }
                 let (_, reference, from) = best;
-                let differs = |block| mine.find(block) != from.find(block);
+                let differs = |block| mine.source(block) != from.source(block);
                 changes.push(Change {
                     record,
                     reference,
@@ -201,9 +203,9 @@ impl Metadata {
                     data: bits(|block| differs(block) && mine.find(block).is_some()),
                 });
             }
-            for found in mine.records() {
-                if self.records.extra(found) > 0 {
-                    known.records.entry(found).or_insert((here, record));
+            for found in mine.extents() {
+                if self.extra_references(found) > 0 {
+                    known.extents.entry(found).or_insert((here, record));
                 }
             }
         }

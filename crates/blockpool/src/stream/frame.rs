@@ -3,12 +3,14 @@
 use std::io::{Read, Write};
 
 use super::Position;
-use crate::catalog::{Origin, check_name};
+use crate::catalog::{Origin, are_options, check_name};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK, BLOCK_BYTES, OBJECT_MAX_BYTES, RECORD_BYTES, read_uint};
 
 const MAGIC: [u8; 8] = *b"BLKSTRM\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The oldest version that is read: it has no options.
+const VERSION_MIN: u32 = 1;
 const CONTENT_MAX_BYTES: u32 = 69_632;
 const THINGS_MAX: u32 = 1_000_000;
 /// Records of one reference: what is done while others wait.
@@ -41,6 +43,8 @@ pub(crate) enum Frame {
         dataset: String,
         snapshot: String,
         from: String,
+        /// Those of the dataset, as its entry has them.
+        options: u8,
     },
     Base {
         origin: Origin,
@@ -111,6 +115,7 @@ impl Frame {
                 dataset,
                 snapshot,
                 from,
+                options,
             } => {
                 bytes.extend_from_slice(&position.0.to_le_bytes());
                 put_number(bytes, position.1);
@@ -119,6 +124,7 @@ impl Frame {
                 for name in [dataset, snapshot, from] {
                     put_name(bytes, name);
                 }
+                bytes.push(*options);
                 1
             }
             Self::Base { origin, name } => {
@@ -199,7 +205,7 @@ impl Frame {
     }
 
     /// None where the content is not one of that type.
-    fn decode(kind: u32, content: &[u8]) -> Option<Self> {
+    fn decode(version: u32, kind: u32, content: &[u8]) -> Option<Self> {
         let mut reader = Reader(content);
         let frame = match kind {
             1 => Self::Begin {
@@ -209,6 +215,10 @@ impl Frame {
                 dataset: reader.name()?,
                 snapshot: reader.name()?,
                 from: reader.name_or_none()?,
+                options: match version {
+                    VERSION_MIN => 0,
+                    _ => reader.byte().filter(|options| are_options(*options))?,
+                },
             },
             2 => Self::Base {
                 origin: reader.origin()?,
@@ -359,6 +369,7 @@ impl<'a> Output<'a> {
 /// Reads a stream.
 pub(crate) struct Input<'a> {
     input: &'a mut dyn Read,
+    version: u32,
     pub(crate) stream_id: u64,
     index: u64,
     pub(crate) byte_count: u64,
@@ -374,6 +385,7 @@ impl<'a> Input<'a> {
     pub(crate) fn begin(input: &'a mut dyn Read) -> Result<Self> {
         let mut begun = Self {
             input,
+            version: VERSION,
             stream_id: 0,
             index: 0,
             byte_count: 0,
@@ -389,12 +401,13 @@ impl<'a> Input<'a> {
             return Err(wrong("the checksum of its beginning is wrong"));
         }
         let version = read_uint(&bytes[8..12]) as u32;
-        if version != VERSION {
+        if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(PoolError::StreamVersion {
                 found: version,
                 known: VERSION,
             });
         }
+        begun.version = version;
         begun.stream_id = read_uint(rest);
         Ok(begun)
     }
@@ -426,7 +439,7 @@ impl<'a> Input<'a> {
             return Err(wrong("the checksum of a part of it is wrong"));
         }
         self.index += 1;
-        Frame::decode(read_uint(&head[4..8]) as u32, &bytes[8..])
+        Frame::decode(self.version, read_uint(&head[4..8]) as u32, &bytes[8..])
             .ok_or_else(|| wrong("a part of it is none that a stream has"))
     }
 }

@@ -141,6 +141,7 @@ impl Pool {
             base_count,
             dataset: sent_dataset,
             snapshot,
+            options: sent_options,
             ..
         } = input.read()?
         else {
@@ -150,7 +151,7 @@ impl Pool {
         // What comes is written as in the dataset in which it ends.
         let listed = self.list(Some(&target)).unwrap_or_default();
         let options = listed.first().map(|entry| entry.options);
-        let options = options.unwrap_or_default();
+        let options = options.unwrap_or(DatasetOptions::from_byte(sent_options));
         let (temporary, state, sequence, is_started_over) =
             self.begin_receive(input.stream_id, position, options)?;
         let mut receiver = Receiver {
@@ -546,7 +547,11 @@ impl Receiver<'_> {
     /// Gives everything its name, at once.
     fn finish(&mut self, force: bool) -> Result<()> {
         match self.pool.create_dataset(&self.target) {
-            Ok(_) | Err(PoolError::Exists { .. }) => {}
+            Ok(_) => {
+                let grown_in = self.pool.find(&self.temporary)?;
+                self.pool.set_options(&self.target, grown_in.options)?;
+            }
+            Err(PoolError::Exists { .. }) => {}
             Err(error) => return Err(error),
         }
         let grown = self.objects.iter().map(|incoming| incoming.object.id().0);

@@ -42,6 +42,7 @@ struct Source {
 struct Plan {
     stream_id: u64,
     dataset: String,
+    options: u8,
     bases: Vec<Source>,
     objects: Vec<Source>,
 }
@@ -120,6 +121,7 @@ impl Metadata {
         Ok(Plan {
             stream_id: stream_id(&self.pool_id, (&bases, &objects)),
             dataset: name.dataset().to_owned(),
+            options: self.dataset(name)?.options,
             bases,
             objects,
         })
@@ -213,6 +215,7 @@ impl Sender<'_, '_> {
             dataset: plan.dataset.clone(),
             snapshot: snapshot.to_owned(),
             from: from.to_owned(),
+            options: plan.options,
         })?;
         for (base, number) in plan.bases.iter().zip(0..) {
             self.output.write(&Frame::Base {

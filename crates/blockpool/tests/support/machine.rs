@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockpool::{DatasetOptions, Fault, Name, Pool, PoolError, RECORD_BYTES, SimulatedDisk};
+use blockpool::{
+    Compression, DatasetOptions, Fault, Name, Pool, PoolError, RECORD_BYTES, SimulatedDisk,
+};
 
 use super::model::{BLOCK, Model, SECTOR, Thing, find_wrong};
 
@@ -192,6 +194,11 @@ impl Machine {
     fn pattern(&mut self, length: usize) -> Vec<u8> {
         self.counter += 1;
         let word = self.counter.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        // A half of what is written cannot be compressed.
+        if self.counter.is_multiple_of(2) {
+            let mut numbers = super::Numbers(word);
+            return (0..length).map(|_| numbers.next() as u8 | 1).collect();
+        }
         (0..length)
             .map(|at| (word >> (at % 8 * 8)) as u8 | 1)
             .collect()
@@ -689,8 +696,15 @@ impl Machine {
     }
 
     fn set_options(&mut self, step: Step) -> bool {
+        let compression = [
+            Compression::Off,
+            Compression::Lz4,
+            Compression::Zstd,
+            Compression::Lz4,
+        ];
         let options = DatasetOptions {
             checksum: step.a.is_multiple_of(2),
+            compression: compression[step.b as usize % 4],
         };
         let result = self.pool().set_options(&name("d"), options);
         let _ = self.allow(result);

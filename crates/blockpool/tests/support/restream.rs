@@ -22,7 +22,7 @@ pub(crate) fn split(stream: &[u8]) -> (u64, Frames) {
 
 /// Makes a stream of frames, with the checksums that they need.
 pub(crate) fn join(id: u64, frames: &Frames) -> Vec<u8> {
-    let mut stream = b"BLKSTRM\0\x01\0\0\0".to_vec();
+    let mut stream = b"BLKSTRM\0\x02\0\0\0".to_vec();
     let checksum = crc32c::crc32c_append(crc32c::crc32c(&stream), &id.to_le_bytes());
     stream.extend(checksum.to_le_bytes());
     stream.extend(id.to_le_bytes());

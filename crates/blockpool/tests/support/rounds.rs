@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use blockpool::{CrashChoice, Fault};
 
 use super::Numbers;
-use super::machine::{Machine, TRANSFERS};
+use super::machine::{Machine, Step, TRANSFERS};
 
 /// What was tried.
 #[derive(Debug, Clone, Copy, Default)]
@@ -49,6 +49,14 @@ pub(crate) fn round(seed: u64, tried: &mut Tried) {
     let mut numbers = Numbers(seed);
     let size_bytes = (4 + numbers.below(20)) << 20;
     let mut machine = Machine::new(size_bytes);
+    // A half of the rounds begin with options.
+    let options = numbers.step();
+    if numbers.below(2) == 0 {
+        machine.step(Step {
+            kind: 29,
+            ..options
+        });
+    }
     let steps = 20 + numbers.below(300);
     run(&mut machine, &mut numbers, steps, tried);
     machine.verify();
