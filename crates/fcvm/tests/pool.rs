@@ -306,6 +306,43 @@ fn a_checked_dataset_finds_a_flipped_bit_at_once() {
 }
 
 #[test]
+fn a_compressed_dataset_takes_less_and_tells_how_much() {
+    let lab = Lab::new();
+    lab.must(&["set", "vms", "--compression", "zstd"]);
+    let row = &lab.json(&["ls", "vms"])[0];
+    assert_eq!(
+        (&row["compression"], &row["checksum"]),
+        (&"zstd".into(), &false.into())
+    );
+    fs::write(lab.path("disk"), disk(9)).unwrap();
+    lab.must(&["import", &lab.text("disk"), "vms/one"]);
+    lab.must(&["import", &lab.text("disk"), "plain/one"]);
+    let (packed, plain) = (lab.json(&["ls", "vms/one"]), lab.json(&["ls", "plain/one"]));
+    assert_eq!(packed[0]["written_bytes"], plain[0]["written_bytes"]);
+    let [packed, plain] = [&packed[0], &plain[0]].map(|row| row["ratio"].as_f64().unwrap());
+    assert!(plain <= 1.0 && packed > 10.0, "{plain} {packed}");
+    assert!(lab.json(&["status"])["ratio"].as_f64().unwrap() > plain);
+    assert!(lab.must(&["ls"]).contains(&format!("{packed:.2}")));
+    lab.must(&["export", "vms/one", &lab.text("out")]);
+    assert!(fs::read(lab.path("out")).unwrap() == disk(9));
+    // The option stays where the other one changes.
+    lab.must(&["set", "vms", "--checksum", "on"]);
+    let row = &lab.json(&["ls", "vms"])[0];
+    assert_eq!(
+        (&row["compression"], &row["checksum"]),
+        (&"zstd".into(), &true.into())
+    );
+    lab.must(&["scrub"]);
+    lab.must(&["check"]);
+    let said = lab.run(&["set", "vms"]);
+    assert!(
+        said.code != 0 && said.stderr.contains("--compression"),
+        "{}",
+        said.stderr
+    );
+}
+
+#[test]
 fn what_cannot_be_is_refused_in_one_line() {
     let lab = Lab::new();
     assert!(lab.fails(&["create", "--size", "64m"]).contains("exists"));

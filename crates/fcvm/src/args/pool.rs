@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use fcvm_types::ByteSize;
 
 use super::Format;
@@ -114,13 +114,7 @@ pub(crate) enum PoolCommand {
     #[command(alias = "recv")]
     Receive(ReceiveArguments),
     /// Change what a dataset does with what is written from now on
-    Set {
-        /// Dataset
-        dataset: String,
-        /// Never write in place, and give every block a checksum at once
-        #[arg(long, value_enum)]
-        checksum: Switch,
-    },
+    Set(SetArguments),
     #[command(flatten)]
     Mount(MountCommand),
     /// Read everything that has a checksum, repair what can be repaired, list what is lost
@@ -138,6 +132,30 @@ pub(crate) enum PoolCommand {
         #[arg(long, value_enum, default_value = "table")]
         format: Format,
     },
+}
+
+/// What a dataset does with what is written.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true, args = ["checksum", "compression"])]
+pub(crate) struct SetArguments {
+    /// Dataset; it is made if need be
+    pub(crate) dataset: String,
+    /// Never write in place, and give every block a checksum at once
+    #[arg(long, value_enum)]
+    pub(crate) checksum: Option<Switch>,
+    /// Compress 64 KiB at a time, with checksums and never in place; what was written before stays as it is
+    #[arg(long, value_enum)]
+    pub(crate) compression: Option<CompressionName>,
+}
+
+/// How a dataset compresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CompressionName {
+    Off,
+    /// Hardly slower than none
+    Lz4,
+    /// Smaller, and slower to write
+    Zstd,
 }
 
 /// The verbs that have to do with mounts.

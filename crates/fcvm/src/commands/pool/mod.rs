@@ -12,16 +12,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use blockpool::{
-    DatasetOptions, FileDisk, Kind, Listed, Name, Object, ObjectSpace, Pool, PoolError,
-};
+use blockpool::{Compression, FileDisk, Kind, Listed, Name, Object, ObjectSpace, Pool, PoolError};
 use fcvm_image::progress::Progress;
 use fcvm_types::ByteSize;
 use rustix::fs::SeekFrom;
 use serde_json::json;
 
 use crate::args::Format;
-use crate::args::pool::{PoolArguments, PoolCommand, Switch};
+use crate::args::pool::{CompressionName, PoolArguments, PoolCommand, SetArguments, Switch};
 use crate::context::Context;
 use crate::errors::{EXIT_FCVM_FAILED, printable};
 use crate::output::{age, table, timestamp};
@@ -62,12 +60,7 @@ pub(crate) fn run(context: &Context, arguments: PoolArguments) -> anyhow::Result
         PoolCommand::Destroy { recursive, names } => destroy(&open(&path)?, &names, recursive)?,
         PoolCommand::Send(arguments) => stream::send(&open(&path)?, &arguments)?,
         PoolCommand::Receive(arguments) => stream::receive(&open(&path)?, &arguments)?,
-        PoolCommand::Set { dataset, checksum } => {
-            let (dataset, checksum) = (dataset.parse()?, checksum == Switch::On);
-            change(&path, |pool| {
-                pool.set_options(&dataset, DatasetOptions { checksum })
-            })?;
-        }
+        PoolCommand::Set(arguments) => set(&path, &arguments)?,
         PoolCommand::Mount(command) => return mount::run(context, &path, command),
         PoolCommand::Scrub { format } => return scrub(&open(&path)?, format),
         PoolCommand::Check { repair, format } => return check(&path, repair, format),
@@ -81,6 +74,40 @@ fn change<T>(path: &Path, change: impl FnOnce(&Pool) -> blockpool::Result<T>) ->
     let changed = change(&pool)?;
     pool.flush()?;
     Ok(changed)
+}
+
+fn set(path: &Path, arguments: &SetArguments) -> anyhow::Result<()> {
+    let dataset: Name = arguments.dataset.parse()?;
+    change(path, |pool| {
+        make_dataset(pool, &dataset)?;
+        let mut options = pool.find(&dataset)?.options;
+        if let Some(checksum) = arguments.checksum {
+            options.checksum = checksum == Switch::On;
+        }
+        if let Some(compression) = arguments.compression {
+            options.compression = match compression {
+                CompressionName::Off => Compression::Off,
+                CompressionName::Lz4 => Compression::Lz4,
+                CompressionName::Zstd => Compression::Zstd,
+            };
+        }
+        pool.set_options(&dataset, options)
+    })
+}
+
+fn compression_name(compression: Compression) -> &'static str {
+    match compression {
+        Compression::Off => "off",
+        Compression::Lz4 => "lz4",
+        Compression::Zstd => "zstd",
+    }
+}
+
+fn make_dataset(pool: &Pool, name: &Name) -> blockpool::Result<()> {
+    match pool.create_dataset(name) {
+        Ok(_) | Err(PoolError::Exists { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 fn objects(count: usize) -> String {
@@ -140,6 +167,7 @@ fn status(path: &Path, format: Format) -> anyhow::Result<()> {
             "referenced by objects and snapshots",
             all.referenced_bytes,
         ),
+        ("written_bytes", "held by that", all.written_bytes),
         ("saved_bytes", "saved by cloning", saved_bytes),
         ("host_bytes", "taken on the host", host_bytes),
     ];
@@ -156,6 +184,7 @@ fn status(path: &Path, format: Format) -> anyhow::Result<()> {
         for (member, count) in counts {
             value[member] = count.into();
         }
+        value["ratio"] = all.ratio().into();
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
@@ -164,7 +193,8 @@ fn status(path: &Path, format: Format) -> anyhow::Result<()> {
         .map(|(label, count)| vec![label.to_owned(), count.to_string()]);
     let values = values
         .into_iter()
-        .map(|(_, label, bytes)| vec![label.to_owned(), size(bytes)]);
+        .map(|(_, label, bytes)| vec![label.to_owned(), size(bytes)])
+        .chain([vec!["held per referenced byte".to_owned(), ratio(&all)]]);
     table(&["POOL", &path.display().to_string()], values.chain(counts));
     Ok(())
 }
@@ -194,14 +224,29 @@ fn ls(pool: &Pool, name: Option<&str>, format: Format) -> anyhow::Result<()> {
             bytes(entry.size_bytes),
             bytes(space.referenced_bytes),
             bytes(space.exclusive_bytes),
+            ratio(space),
             created(entry).map_or_else(String::new, |time| age(time) + " ago"),
         ]
     });
     table(
-        &["NAME", "KIND", "SIZE", "REFERENCED", "EXCLUSIVE", "CREATED"],
+        &[
+            "NAME",
+            "KIND",
+            "SIZE",
+            "REFERENCED",
+            "EXCLUSIVE",
+            "RATIO",
+            "CREATED",
+        ],
         rows,
     );
     Ok(())
+}
+
+/// What a byte of space holds.
+fn ratio(space: &ObjectSpace) -> String {
+    let ratio = space.ratio();
+    ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"))
 }
 
 fn kind_name(kind: Kind) -> &'static str {
@@ -224,10 +269,12 @@ fn row_json(entry: &Listed, space: &ObjectSpace) -> serde_json::Value {
         "referenced_bytes": space.referenced_bytes,
         "exclusive_bytes": space.exclusive_bytes,
         "written_bytes": space.written_bytes,
+        "ratio": space.ratio(),
         "created_at": created(entry).map(timestamp),
     });
     if entry.kind == Kind::Dataset {
         row["checksum"] = entry.options.checksum.into();
+        row["compression"] = compression_name(entry.options.compression).into();
     }
     row
 }
@@ -245,10 +292,7 @@ fn destroy(pool: &Pool, names: &[String], recursive: bool) -> anyhow::Result<()>
 
 /// Makes the object for an import, and its dataset if need be.
 fn new_object(pool: &Pool, name: &Name, size_bytes: u64) -> anyhow::Result<Object> {
-    match pool.create_dataset(&name.dataset().parse()?) {
-        Ok(_) | Err(PoolError::Exists { .. }) => {}
-        Err(error) => return Err(error.into()),
-    }
+    make_dataset(pool, &name.dataset().parse()?)?;
     Ok(pool.create_object(name, size_bytes)?)
 }
 
