@@ -4,10 +4,71 @@
 //! takes of them: 25 MB each). Without it, or without the archive, the test says that it is skipped.
 
 use std::path::Path;
+use std::process::Command;
 
 use fcvm_kernel::build::{
     self, Answers, GuestMemory, Hardware, Make, Prefer, Profile, Purpose, Scope, SourceSpec,
 };
+
+/// A directory, an archive and a repository of the same source as a package.
+#[test]
+fn every_kind_of_source_configures_alike() {
+    let Some(directory) = std::env::var_os("FCVM_TEST_KERNEL_SOURCES") else {
+        println!("skipped: FCVM_TEST_KERNEL_SOURCES is not set");
+        return;
+    };
+    let fetch = |text: &str, directory: &Path| {
+        let spec: SourceSpec = text.parse().unwrap();
+        build::fetch(directory, &spec, Scope::Configuration, &mut |_| {})
+    };
+    let package = match fetch("debian:6.1", Path::new(&directory)) {
+        Ok(source) => source,
+        Err(error) => {
+            println!("skipped: {error}");
+            return;
+        }
+    };
+    let work = tempfile::tempdir().unwrap();
+    let at = |name: &str| work.path().join(name).to_str().unwrap().to_owned();
+    let script = "set -e; cd \"$1\"; shift
+        { ls -d linux/Kbuild linux/Makefile linux/scripts linux/arch/x86/Makefile*
+          find linux -name 'Kconfig*' -type f; } | tar --create --files-from=- --file \"$1/linux.tar\"
+        cd \"$1\"; sha256sum linux.tar; tar --extract --file linux.tar; cd linux
+        git init --quiet --initial-branch=main; git add --all --force
+        git -c user.name=t -c user.email=t@localhost commit --quiet --message=t";
+    let output = Command::new("sh")
+        .args(["-c", script, "sh"])
+        .args([package.tree.parent().unwrap(), work.path()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("git: not found") {
+        println!("skipped: git is not installed");
+        return;
+    }
+    assert!(output.status.success(), "{said}");
+    let sum = String::from_utf8(output.stdout).unwrap();
+    let (sum, _) = sum.split_once(' ').unwrap();
+
+    let profile = Profile::load("guest-min").unwrap();
+    let values = |source: &build::Source, name: &str| {
+        let at = work.path().join("out").join(name);
+        let resolved = build::resolve(source, &profile, &at, &Make::default()).unwrap();
+        resolved.check().unwrap();
+        resolved.values
+    };
+    let expected = values(&package, "package");
+    for (name, text) in [
+        ("tree", format!("tree:{}", at("linux"))),
+        ("tar", format!("tar:{}#sha256={sum}", at("linux.tar"))),
+        ("git", format!("git:{}#main", at("linux"))),
+    ] {
+        let source = fetch(&text, &work.path().join("sources")).unwrap();
+        assert_eq!(source.release, package.release, "{name}");
+        assert_eq!(source.is_fixed, name != "tree");
+        assert_eq!(values(&source, name), expected, "{name}");
+    }
+}
 
 #[test]
 fn every_profile_resolves_with_two_kernels() {
@@ -80,6 +141,7 @@ fn defences_are_on(profile: &Profile, resolved: &build::Resolved) {
         ("MITIGATION_SRSO", "CPU_SRSO"),
         ("STACKPROTECTOR_STRONG", ""),
         ("HARDENED_USERCOPY", ""),
+        ("FORTIFY_SOURCE", ""),
         ("RANDOMIZE_BASE", ""),
         ("RANDOMIZE_MEMORY", ""),
     ] {
