@@ -1,9 +1,11 @@
 //! The running container: what the agent keeps to reach into it.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use fcvm_types::guest::{GuestIdentity, GuestPlan};
 use fcvm_wire::Failure;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
@@ -18,6 +20,8 @@ use crate::sys::{self, Fork};
 use crate::{console, disks, files, network};
 
 const CGROUP: &str = "/cgroup";
+/// How long the container's processes are waited for that are to stand still.
+const FREEZE_LIMIT: Duration = Duration::from_secs(1);
 
 /// The container after its first process has been started.
 pub(crate) struct Container {
@@ -31,6 +35,8 @@ pub(crate) struct Container {
     pub(crate) privileged: bool,
     /// Its first process has ended, and with it all others.
     pub(crate) ended: bool,
+    /// Its processes stand still.
+    frozen: bool,
     own_processes: OwnedFd,
     cgroup: OwnedFd,
 }
@@ -55,6 +61,7 @@ impl Container {
             terminals,
             privileged: plan.privileged,
             ended: false,
+            frozen: false,
             own_processes,
             cgroup,
         };
@@ -110,6 +117,49 @@ impl Container {
         Ok(())
     }
 
+    /// Stops all of its processes, and waits until they stand still. One that waits for a device cannot
+    /// stop, and is not waited for long: it cannot do anything else either.
+    pub(crate) fn freeze(&mut self) -> Result<(), Failure> {
+        if self.ended {
+            return Ok(());
+        }
+        self.frozen = true;
+        let what = "stopping the container's processes";
+        let events = openat(&self.cgroup, "cgroup.events", OFlags::RDONLY).context(what)?;
+        self.write_freezer(b"1").context(what)?;
+        let deadline = Instant::now() + FREEZE_LIMIT;
+        loop {
+            let mut text = [0_u8; 128];
+            let length = rustix::io::pread(&events, &mut text, 0).context(what)?;
+            if text[..length].windows(8).any(|part| part == b"frozen 1") {
+                return Ok(());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(guest(
+                    "some of the container's processes cannot be stopped now",
+                ));
+            }
+            let left = Timespec::try_from(left).ok();
+            let mut polled = [PollFd::new(&events, PollFlags::PRI)];
+            poll(&mut polled, left.as_ref()).context(what)?;
+        }
+    }
+
+    /// Lets them go on, where they were stopped.
+    pub(crate) fn thaw(&mut self) -> Result<(), Failure> {
+        if !std::mem::take(&mut self.frozen) {
+            return Ok(());
+        }
+        self.write_freezer(b"0")
+            .context("letting the container's processes go on")
+    }
+
+    fn write_freezer(&self, state: &[u8]) -> Result<(), Errno> {
+        let freezer = openat(&self.cgroup, "cgroup.freeze", OFlags::WRONLY)?;
+        rustix::io::write(&freezer, state).map(drop)
+    }
+
     /// Sends a signal to the first process, or to all.
     pub(crate) fn signal(&self, signal: i32, all: bool) -> Result<(), Failure> {
         self.check_running()?;
@@ -125,6 +175,10 @@ impl Container {
             result => result.context("sending the signal"),
         }
     }
+}
+
+fn openat(directory: &OwnedFd, name: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(directory, name, flags | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// Sets the host name of the UTS namespace that the agent is in.

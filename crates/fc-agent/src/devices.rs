@@ -37,29 +37,59 @@ impl DeviceEvents {
     }
 }
 
+/// What carries the agent's channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    /// A port of virtio-serial: the host connects and disconnects its own side of it.
+    Port,
+    /// A connection over vsock.
+    Vsock,
+}
+
+impl Carrier {
+    /// A new connection to the host; only vsock has them.
+    pub(crate) fn reopen(self) -> Result<OwnedFd, Errno> {
+        match self {
+            Self::Port => Err(Errno::OPNOTSUPP),
+            Self::Vsock => connect_host(),
+        }
+    }
+}
+
 /// Waits for the device that carries the agent's channel and opens it, non-blocking.
-pub(crate) fn open_channel(events: &DeviceEvents) -> Result<OwnedFd, Failure> {
+pub(crate) fn open_channel(events: &DeviceEvents) -> Result<(Carrier, OwnedFd), Failure> {
     let over_vsock = kernel_argument(CHANNEL_ARGUMENT).as_deref() == Some(VSOCK_CHANNEL);
+    let carrier = match over_vsock {
+        true => Carrier::Vsock,
+        false => Carrier::Port,
+    };
     loop {
-        let opened = if over_vsock { connect()? } else { open_port()? };
+        let opened = match carrier {
+            Carrier::Vsock => connect()?,
+            Carrier::Port => open_port()?,
+        };
         match opened {
-            Some(channel) => return Ok(channel),
+            Some(channel) => return Ok((carrier, channel)),
             None => events.wait()?,
         }
     }
 }
 
+fn connect_host() -> Result<OwnedFd, Errno> {
+    let socket = sys::connect_host(AGENT_VSOCK_PORT)?;
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    Ok(socket)
+}
+
 /// A connection to the host; none while there is no device for it.
 fn connect() -> Result<Option<OwnedFd>, Failure> {
-    let socket = match sys::connect_host(AGENT_VSOCK_PORT) {
-        Err(Errno::NODEV | Errno::ADDRNOTAVAIL) => return Ok(None),
-        Err(Errno::AFNOSUPPORT) => {
-            return Err(guest("the guest's kernel has no driver of virtio's vsock"));
-        }
-        socket => socket.context("connecting to the host over vsock")?,
-    };
-    rustix::io::ioctl_fionbio(&socket, true).context("connecting to the host over vsock")?;
-    Ok(Some(socket))
+    match connect_host() {
+        Err(Errno::NODEV | Errno::ADDRNOTAVAIL) => Ok(None),
+        Err(Errno::AFNOSUPPORT) => Err(guest("the guest's kernel has no driver of virtio's vsock")),
+        socket => socket
+            .context("connecting to the host over vsock")
+            .map(Some),
+    }
 }
 
 fn open_port() -> Result<Option<OwnedFd>, Failure> {

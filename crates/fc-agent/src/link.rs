@@ -114,6 +114,11 @@ impl Link {
             || (self.writable && self.waiting_bytes() > 0)
     }
 
+    /// Something that waits can be written without a new event.
+    pub(crate) fn can_write(&self) -> bool {
+        self.writable && self.is_waiting()
+    }
+
     /// Queues a frame.
     pub(crate) fn send(&mut self, frame: &Frame) {
         frame.encode(&mut self.out);
@@ -169,6 +174,16 @@ impl Link {
         }
         self.compact();
         Ok(())
+    }
+
+    /// The first bytes of a connection that the agent has made: nothing that was under way is left.
+    pub(crate) fn begin_with(&mut self, mark: Mark) {
+        self.mark = None;
+        self.decoder = Decoder::from_host();
+        self.out.clear();
+        self.sent = 0;
+        self.out.extend_from_slice(mark.as_bytes());
+        self.woken();
     }
 
     /// From now on this mark begins a new connection.

@@ -18,6 +18,7 @@ mod helper;
 mod link;
 mod netlink;
 mod network;
+mod parking;
 mod power;
 mod privileges;
 mod rootfs;
@@ -54,5 +55,6 @@ fn start() -> Result<Server, Failure> {
     boot::load_modules();
     boot::enter_root()?;
     boot::harden();
-    Server::new(devices::open_channel(&events)?)
+    let (carrier, channel) = devices::open_channel(&events)?;
+    Server::new(carrier, channel)
 }

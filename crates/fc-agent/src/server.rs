@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use fcvm_types::guest::{ExitStatus, ProcessPlan};
 use fcvm_wire::{
-    Channel, Control, Failure, FailureKind, Frame, FrameKind, Hello, Opened, Outcome,
+    Channel, Control, Failure, FailureKind, Frame, FrameKind, Hello, Mark, Opened, Outcome,
     PROTOCOL_VERSION, Request, Role, StreamId,
 };
 use rustix::event::Timespec;
@@ -14,8 +15,10 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 use crate::container::{self, Container};
+use crate::devices::Carrier;
 use crate::failure::{Context, bad_request, guest};
 use crate::link::{Link, LinkError, Received};
+use crate::parking::Parking;
 use crate::spawn::{self, Spawned};
 use crate::stream::{Kind, Part, Stream};
 use crate::{clone, console, helper, power, sys};
@@ -47,14 +50,24 @@ pub(crate) struct Server {
     pub(crate) container: Option<Container>,
     streams: BTreeMap<StreamId, Stream>,
     last_orphan: StreamId,
-    connected: bool,
-    greeted: bool,
+    /// What carries the connection.
+    pub(crate) carrier: Carrier,
+    /// The host's side is there.
+    pub(crate) connected: bool,
+    /// The host has said who it is.
+    pub(crate) greeted: bool,
+    /// Its session.
+    pub(crate) host: Option<u64>,
+    /// By which a later connection begins.
+    pub(crate) mark: Option<Mark>,
+    /// Whether the connection is being given up.
+    pub(crate) parking: Parking,
     session: u64,
 }
 
 impl Server {
     /// A server on a descriptor of the host's.
-    pub(crate) fn new(port: OwnedFd) -> Result<Self, Failure> {
+    pub(crate) fn new(carrier: Carrier, port: OwnedFd) -> Result<Self, Failure> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).context("making the event loop")?;
         let children = sys::child_signals().context("watching child processes")?;
         let link = Link::new(port);
@@ -68,14 +81,23 @@ impl Server {
             container: None,
             streams: BTreeMap::new(),
             last_orphan: FIRST_ORPHAN,
+            carrier,
             connected: false,
             greeted: false,
+            host: None,
+            mark: None,
+            parking: Parking::Not,
             session: u64::from_le_bytes(session),
         };
-        let both = EventFlags::IN | EventFlags::OUT;
-        server.watch(LINK_TOKEN, server.link.as_fd(), both)?;
+        server.watch_link()?;
         server.watch(CHILDREN_TOKEN, server.children.as_fd(), EventFlags::IN)?;
         Ok(server)
+    }
+
+    /// Waits for events of the connection, too.
+    pub(crate) fn watch_link(&self) -> Result<(), Failure> {
+        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
+        self.watch(LINK_TOKEN, self.link.as_fd(), flags)
     }
 
     fn watch(&self, token: u64, fd: BorrowedFd<'_>, flags: EventFlags) -> Result<(), Failure> {
@@ -95,19 +117,14 @@ impl Server {
 
     /// Waits for events, or only looks where there is work at hand.
     fn wait(&mut self) {
-        let congested = self.link.is_congested();
-        let busy = self.connected && self.link.has_work()
-            || self
-                .streams
-                .values()
-                .any(|stream| stream.has_work(congested));
-        let at_once = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
+        let patience = match self.is_busy() {
+            true => Some(Duration::ZERO),
+            false => self.patience(),
         };
+        let patience = patience.and_then(|patience| Timespec::try_from(patience).ok());
         let mut events = Vec::with_capacity(64);
         let space = rustix::buffer::spare_capacity(&mut events);
-        if epoll::wait(&self.epoll, space, busy.then_some(&at_once)).is_err() {
+        if epoll::wait(&self.epoll, space, patience.as_ref()).is_err() {
             return;
         }
         for event in &events {
@@ -120,8 +137,32 @@ impl Server {
         }
     }
 
+    /// There is work at hand.
+    fn is_busy(&self) -> bool {
+        let congested = self.link.is_congested();
+        let in_streams = || {
+            let mut streams = self.streams.values();
+            streams.any(|stream| stream.has_work(congested))
+        };
+        match self.parking {
+            Parking::Not => self.connected && self.link.has_work() || in_streams(),
+            Parking::Anew => self.connected && self.link.has_work(),
+            Parking::Silent => self.link.can_write(),
+            Parking::Lost(_) => false,
+        }
+    }
+
     fn link_event(&mut self, flags: EventFlags) {
         self.link.woken();
+        if self.parking != Parking::Not {
+            if flags.intersects(EventFlags::HUP | EventFlags::ERR | EventFlags::RDHUP) {
+                self.connection_lost();
+            } else if matches!(self.parking, Parking::Lost(_)) {
+                // The host has connected its side of the port again.
+                self.begin_anew();
+            }
+            return;
+        }
         let connected = !flags.contains(EventFlags::HUP);
         if connected && !self.connected && !self.greeted {
             self.say_hello();
@@ -129,7 +170,8 @@ impl Server {
         self.connected = connected;
     }
 
-    fn say_hello(&mut self) {
+    /// Says who this is.
+    pub(crate) fn say_hello(&mut self) {
         let hello = Hello {
             protocol: PROTOCOL_VERSION,
             role: Role::Agent,
@@ -144,6 +186,11 @@ impl Server {
     fn renewed(&mut self) -> Result<(), Failure> {
         self.greeted = false;
         self.say_hello();
+        self.orphan_streams()
+    }
+
+    /// What the streams' processes say is nobody's any more.
+    pub(crate) fn orphan_streams(&mut self) -> Result<(), Failure> {
         for id in self.streams.keys().copied().collect::<Vec<_>>() {
             self.last_orphan = self.last_orphan.wrapping_add(1) | FIRST_ORPHAN;
             self.renumber(id, self.last_orphan)?;
@@ -187,13 +234,31 @@ impl Server {
     /// Does what can be done now: each stream moves at most one frame each way, so that none of them
     /// holds up the others or the host's requests.
     fn turn(&mut self) -> Result<(), End> {
+        if let Parking::Lost(_) = self.parking {
+            self.connect_again()?;
+        }
         if !self.connected {
-            if self.greeted {
+            if self.greeted && self.parking == Parking::Not {
                 return Err(End::Broken(LinkError::Closed.to_string()));
             }
             return Ok(());
         }
-        self.receive()?;
+        if self.parking != Parking::Silent {
+            self.receive()?;
+        }
+        if self.parking == Parking::Not {
+            self.pump_streams();
+        }
+        match self.link.flush() {
+            Err(_) if self.parking != Parking::Not => {
+                self.connection_lost();
+                Ok(())
+            }
+            flushed => flushed.map_err(|error| End::Broken(error.to_string())),
+        }
+    }
+
+    fn pump_streams(&mut self) {
         let mut over = Vec::new();
         for (id, stream) in &mut self.streams {
             stream.pump(&mut self.link);
@@ -208,19 +273,25 @@ impl Server {
                 self.close(id, &outcome);
             }
         }
-        self.link
-            .flush()
-            .map_err(|error| End::Broken(error.to_string()))
     }
 
     fn receive(&mut self) -> Result<(), End> {
         loop {
             match self.link.receive() {
-                Ok(Received::Frame(frame)) => self.frame(&frame)?,
+                Ok(Received::Frame(frame)) => {
+                    self.frame(&frame)?;
+                    if self.parking == Parking::Silent {
+                        return Ok(());
+                    }
+                }
                 Ok(Received::Renewed) => self
                     .renewed()
                     .map_err(|failure| End::Broken(failure.message))?,
                 Ok(Received::Nothing) => return Ok(()),
+                Err(LinkError::Closed | LinkError::Io(_)) if self.parking != Parking::Not => {
+                    self.connection_lost();
+                    return Ok(());
+                }
                 Err(LinkError::Closed) if !self.greeted => return Ok(()),
                 Err(error) => return Err(End::Broken(error.to_string())),
             }
@@ -265,6 +336,7 @@ impl Server {
                     stream.reset();
                 }
             }
+            FrameKind::Park => self.park(frame)?,
             FrameKind::Hello | FrameKind::Opened | FrameKind::Closed => {
                 let text = format!("the host sent a {:?} frame out of place", frame.kind);
                 return Err(End::Broken(text));
@@ -289,10 +361,11 @@ impl Server {
             )));
         }
         self.greeted = true;
+        self.mark = hello.mark;
         if let Some(mark) = hello.mark {
             self.link.expect_mark(mark);
         }
-        Ok(())
+        self.recognise(hello.session)
     }
 
     fn data(&mut self, frame: &Frame) -> Result<(), End> {
@@ -357,6 +430,9 @@ impl Server {
             Request::Adopt { plan } => {
                 clone::adopt(&plan, self.container()?)?;
                 self.adopt_container(id)?;
+                if let Some(container) = &mut self.container {
+                    container.thaw()?;
+                }
             }
             Request::Exec { process } => self.exec(id, &process)?,
             Request::Signal { signal, all } => {

@@ -40,6 +40,9 @@ pub enum FrameKind {
     /// The side that opened the stream has lost interest; the other ends what runs in it and
     /// answers with `Closed`.
     Reset = 9,
+    /// Stream 0. The host's last frame before the guest is saved: the guest stops what the container does,
+    /// says the same as its own last frame, and connects anew when the connection has ended.
+    Park = 10,
 }
 
 impl FrameKind {
@@ -54,6 +57,7 @@ impl FrameKind {
             7 => Self::Control,
             8 => Self::Closed,
             9 => Self::Reset,
+            10 => Self::Park,
             _ => return None,
         })
     }
@@ -319,7 +323,7 @@ impl Decoder {
         let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
         let limit = match kind {
             FrameKind::Data => MAX_DATA_BYTES,
-            FrameKind::Eof | FrameKind::Reset => 0,
+            FrameKind::Eof | FrameKind::Reset | FrameKind::Park => 0,
             FrameKind::Credit => 4,
             FrameKind::Hello | FrameKind::Opened | FrameKind::Control => 4096,
             FrameKind::Open | FrameKind::Closed => self.max_message_bytes,
@@ -352,6 +356,7 @@ mod tests {
         for (kind, length) in [
             (4_u8, MAX_DATA_BYTES + 1),
             (5, 1),
+            (10, 1),
             (6, 5),
             (1, 4097),
             (8, MAX_GUEST_MESSAGE_BYTES + 1),

@@ -16,7 +16,7 @@ pub use flow::{INITIAL_WINDOW_BYTES, ReceiveWindow, SendWindow};
 pub use frame::{
     Channel, Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, MAX_DATA_BYTES, StreamId,
 };
-pub use mark::{Mark, MarkScanner};
+pub use mark::{MARK_BYTES, Mark, MarkScanner};
 pub use message::{
     Control, Failure, FailureKind, Hello, Opened, Outcome, PROTOCOL_VERSION, Request, Role,
 };

@@ -27,7 +27,7 @@ pub struct NotAMark;
 
 impl Mark {
     /// A mark of these bytes, which must be random.
-    pub fn from_random(bytes: [u8; MARK_BYTES]) -> Self {
+    pub const fn from_random(bytes: [u8; MARK_BYTES]) -> Self {
         Self(bytes)
     }
 

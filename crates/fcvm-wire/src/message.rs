@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::mark::Mark;
 
 /// Version of the protocol. Both sides must speak the same one: the agent is built with the host.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Who says hello.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,12 +6,13 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fcvm_types::guest::{ClonePlan, ExitStatus, GuestIdentity, GuestPlan, ProcessPlan};
 use fcvm_wire::{
-    Channel, Control, Decoder, Failure, Frame, FrameKind, Hello, MAX_DATA_BYTES, Mark, MarkScanner,
-    Opened, Outcome, PROTOCOL_VERSION, ReceiveWindow, Request, Role, SendWindow,
+    Channel, Control, Decoder, Failure, Frame, FrameKind, Hello, MARK_BYTES, MAX_DATA_BYTES, Mark,
+    MarkScanner, Opened, Outcome, PROTOCOL_VERSION, ReceiveWindow, Request, Role, SendWindow,
 };
 
 use crate::lab::{Guest, Tools};
@@ -32,6 +33,8 @@ pub(crate) struct Vm {
     scanner: Scanner,
     socket: Arc<Mutex<UnixStream>>,
     routes: Routes,
+    /// Sorts frames until the connection ends.
+    sorting: Option<JoinHandle<()>>,
     next: u32,
 }
 
@@ -51,7 +54,7 @@ impl Vm {
         let sorted = routes.clone();
         let scanner = Scanner::default();
         let waited_for = scanner.clone();
-        std::thread::spawn(move || sort_frames(reader, &sorted, &waited_for));
+        let sorting = std::thread::spawn(move || sort_frames(reader, &sorted, &waited_for));
         let mut vm = Self {
             guest,
             hello: Hello {
@@ -64,6 +67,7 @@ impl Vm {
             scanner,
             socket: Arc::new(Mutex::new(socket)),
             routes,
+            sorting: Some(sorting),
             next: 1,
         };
         vm.hello = receiver
@@ -81,11 +85,15 @@ impl Vm {
 
     /// Answers the greeting with a mark of a later connection.
     pub(crate) fn greet_with(&self, mark: Mark) {
+        self.greet_as(1, mark);
+    }
+
+    fn greet_as(&self, session: u64, mark: Mark) {
         let hello = Hello {
             protocol: PROTOCOL_VERSION,
             role: Role::Owner,
             program: "test".into(),
-            session: 1,
+            session,
             mark: Some(mark),
         };
         self.send(&Frame::message(FrameKind::Hello, 0, &hello));
@@ -109,6 +117,42 @@ impl Vm {
         let hello: Hello = greeting.recv_timeout(LIMIT).unwrap().parse().unwrap();
         assert_eq!(hello.session, self.hello.session);
         stream
+    }
+
+    /// Does as an owner does before and after its guest is saved: lets the agent fall silent, ends the
+    /// connection, and waits for the mark on another one.
+    pub(crate) fn park(&mut self, mark: Mark) {
+        let (sender, answers) = channel();
+        self.routes.lock().unwrap().insert(0, sender);
+        self.send(&Frame::new(FrameKind::Park, 0, Vec::new()));
+        let parked = answers.recv_timeout(LIMIT).expect("the agent parks");
+        assert_eq!((parked.kind, parked.payload.len()), (FrameKind::Park, 0));
+        let routes = std::mem::take(&mut *self.routes.lock().unwrap());
+        let end = std::net::Shutdown::Both;
+        self.socket.lock().unwrap().shutdown(end).unwrap();
+        self.sorting.take().unwrap().join().unwrap();
+        let mut socket = self.guest.connected();
+        let mut shown = [0; MARK_BYTES];
+        socket.read_exact(&mut shown).unwrap();
+        assert_eq!(&shown, mark.as_bytes());
+        *self.routes.lock().unwrap() = routes;
+        let reader = socket.try_clone().unwrap();
+        let (sorted, scanner) = (self.routes.clone(), self.scanner.clone());
+        let sorting = std::thread::spawn(move || sort_frames(reader, &sorted, &scanner));
+        self.sorting = Some(sorting);
+        *self.socket.lock().unwrap() = socket;
+        let hello: Hello = answers.recv_timeout(LIMIT).unwrap().parse().unwrap();
+        assert_eq!(hello.session, self.hello.session);
+    }
+
+    /// Does as the owner of a clone does whose agent has connected: says who it is, and adopts the
+    /// container.
+    pub(crate) fn adopt_parked(&mut self, new: Mark, plan: ClonePlan) -> Stream {
+        self.routes.lock().unwrap().clear();
+        self.greet_as(2, new);
+        self.next = 1;
+        let plan = Box::new(plan);
+        self.open(&Request::Adopt { plan })
     }
 
     /// Boots, greets, and runs a container.

@@ -198,6 +198,7 @@ fn make_initramfs(tools: &Tools, path: &Path) {
 pub(crate) struct Guest {
     /// QEMU.
     pub(crate) qemu: Child,
+    listener: UnixListener,
     directory: TempDir,
 }
 
@@ -227,9 +228,18 @@ impl Guest {
         assert!(output.status.success(), "mkfs.ext4: {output:?}");
         let listener = UnixListener::bind(path("agent.sock")).unwrap();
         let qemu = Self::start(tools, directory.path());
-        let guest = Self { qemu, directory };
-        let (stream, _) = listener.accept().unwrap();
+        let guest = Self {
+            qemu,
+            listener,
+            directory,
+        };
+        let stream = guest.connected();
         (guest, stream)
+    }
+
+    /// The host's end of the agent's port: QEMU connects again when it was closed.
+    pub(crate) fn connected(&self) -> UnixStream {
+        self.listener.accept().unwrap().0
     }
 
     fn start(tools: &Tools, directory: &Path) -> Child {
@@ -257,7 +267,7 @@ impl Guest {
             ])
             .args([
                 "-chardev",
-                &format!("socket,id=c0,path={}", file("agent.sock")),
+                &format!("socket,id=c0,path={},reconnect=1", file("agent.sock")),
             ])
             .args([
                 "-device",

@@ -7,6 +7,7 @@ mod clone;
 mod files;
 mod hostile;
 mod lab;
+mod parking;
 mod streams;
 
 use client::{Vm, plan, process, shell};
