@@ -299,6 +299,45 @@ impl PageFile {
         writer.finish()
     }
 
+    /// Writes the pages of a whole memory that differ from what `below` holds, the memory below. Nobody may
+    /// write to either meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// The two are of different sizes, or the target's file system is full.
+    pub fn write_comparison(memory: &File, below: &File, target: &File) -> Result<(), MemoryError> {
+        let failed = MemoryError::file("read");
+        let (size, expected) = (memory_size(memory)?, memory_size(below)?);
+        if size != expected {
+            return Err(MemoryError::Size {
+                found: size,
+                expected,
+            });
+        }
+        let mut writer = Writer::new(target, Content::Difference, size);
+        let mut buffers = [vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]];
+        let mut offset = 0;
+        while offset < size {
+            let length = usize::try_from(size - offset)
+                .unwrap_or(CHUNK_BYTES)
+                .min(CHUNK_BYTES);
+            let [own, other] = &mut buffers;
+            let (own, other) = (&mut own[..length], &mut other[..length]);
+            memory.read_exact_at(own, offset).map_err(&failed)?;
+            below.read_exact_at(other, offset).map_err(&failed)?;
+            if own != other {
+                writer.push(offset, own, |at, page| {
+                    let start = usize::try_from(at - offset).unwrap_or(usize::MAX);
+                    other
+                        .get(start..)
+                        .is_some_and(|below| below.starts_with(page))
+                })?;
+            }
+            offset += length as u64;
+        }
+        writer.finish()
+    }
+
     /// Writes pages that were captured, but those of which `is_same` says, by their offset, that the
     /// memory below has them.
     ///

@@ -19,6 +19,8 @@ pub struct MemoryUsage {
     pub guest_resident_bytes: u64,
     /// All of the process's.
     pub pss_bytes: u64,
+    /// All of the process's that the host has swapped out.
+    pub swapped_bytes: u64,
 }
 
 /// Reads the usage of a process.
@@ -60,6 +62,7 @@ fn sum(smaps: impl BufRead) -> std::io::Result<MemoryUsage> {
                     usage.guest_pss_bytes += bytes;
                 }
             }
+            "Swap" => usage.swapped_bytes += bytes,
             "Private_Clean" | "Private_Dirty" if is_guest => usage.guest_private_bytes += bytes,
             "Rss" if is_guest => usage.guest_resident_bytes += bytes,
             _ => {}
@@ -86,12 +89,15 @@ VmFlags: rd wr mr mw me
 Rss:                 100 kB
 Pss:                  50 kB
 Private_Dirty:        20 kB
+Swap:                  8 kB
+SwapPss:               4 kB
 ";
         let usage = sum(text.as_bytes()).unwrap();
         assert_eq!(usage.guest_pss_bytes, 3500 << 10);
         assert_eq!(usage.guest_private_bytes, 1004 << 10);
         assert_eq!(usage.guest_resident_bytes, 9000 << 10);
         assert_eq!(usage.pss_bytes, 3550 << 10);
+        assert_eq!(usage.swapped_bytes, 8 << 10);
         assert!(
             super::usage(i32::try_from(std::process::id()).unwrap())
                 .unwrap()

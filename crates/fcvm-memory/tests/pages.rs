@@ -75,6 +75,19 @@ proptest! {
             expected[page * PAGE..][..PAGE].fill(*byte);
         }
         prop_assert!(content(&restored) == expected);
+
+        // The same by comparison of the two memories.
+        let stored = tempfile::tempfile().unwrap();
+        PageFile::write_comparison(&restored, &source, &stored).unwrap();
+        let compared = PageFile::open(stored).unwrap();
+        prop_assert_eq!(compared.content(), Content::Difference);
+        prop_assert_eq!(compared.page_count(), differing as u64);
+        compared.restore_into(&source).unwrap();
+        prop_assert!(content(&source) == expected);
+        let other = memory(&[1]);
+        let stored = tempfile::tempfile().unwrap();
+        let compared = PageFile::write_comparison(&restored, &other, &stored);
+        prop_assert!(pages.len() == 1 || matches!(compared, Err(MemoryError::Size { .. })));
     }
 }
 

@@ -516,7 +516,11 @@ fn what_the_first_clone_asked_for_is_there_before_the_next_ones_ask() {
     let mut watch = watch.unwrap();
     let mut client = Process::client(&server.socket());
     let pid = client.pid();
-    assert_eq!(watch.next().unwrap(), Some(Notice::Started { pid }));
+    let ahead_pages = 410;
+    assert_eq!(
+        watch.next().unwrap(),
+        Some(Notice::Started { pid, ahead_pages })
+    );
     assert_eq!(
         watch.next().unwrap(),
         Some(Notice::Prefetched { pid, pages: 410 })
@@ -596,7 +600,11 @@ fn a_server_that_is_killed_is_noticed() {
     let mut client = Process::client(&socket);
     assert_eq!(client.ask("touch 0 8"), sum(0..8));
     let pid = client.pid();
-    assert_eq!(watch.next().unwrap(), Some(Notice::Started { pid }));
+    let ahead_pages = 0;
+    assert_eq!(
+        watch.next().unwrap(),
+        Some(Notice::Started { pid, ahead_pages })
+    );
     // In a state that no page comes from any more, the client asks for one.
     server.child.kill().unwrap();
     assert_eq!(watch.next().unwrap(), None);
@@ -620,10 +628,15 @@ fn a_server_can_end_with_its_last_clone() {
     }
     let server = Running::start(ServerOptions {
         ends_when_idle: true,
+        name: "a snapshot".to_owned(),
         ..ServerOptions::default()
     });
     // A question is no clone.
-    assert_eq!(Summary::ask(&server.socket()).unwrap(), Summary::default());
+    let expected = Summary {
+        name: "a snapshot".to_owned(),
+        ..Summary::default()
+    };
+    assert_eq!(Summary::ask(&server.socket()).unwrap(), expected);
     let first = Process::client(&server.socket());
     let mut second = Process::client(&server.socket());
     first.end();

@@ -84,6 +84,32 @@ impl Draft {
         over: &PageFile,
         parent: &Snapshot,
     ) -> Result<(), SnapshotError> {
+        self.check_line(over.memory_bytes(), parent)?;
+        self.write_memory(Some(parent.reference()), |target| {
+            over.write_changed(memory, target)
+        })
+    }
+
+    /// Writes those pages of a whole memory that differ from that of `parent`, which is loaded for it.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_memory_difference`](Self::write_memory_difference).
+    pub fn write_memory_comparison(
+        &mut self,
+        memory: &File,
+        parent: &Snapshot,
+    ) -> Result<(), SnapshotError> {
+        let failed = SnapshotError::io("read the memory of a VM", self.store.directory());
+        self.check_line(memory.metadata().map_err(failed)?.len(), parent)?;
+        let below = parent.load_unsealed(|_, _| {})?;
+        self.write_memory(Some(parent.reference()), |target| {
+            PageFile::write_comparison(memory, &below, target)
+        })
+    }
+
+    /// Refuses a parent that a memory of this size cannot be a difference to.
+    fn check_line(&self, memory_bytes: u64, parent: &Snapshot) -> Result<(), SnapshotError> {
         let depth = parent.depth()? + 1;
         if depth > DEPTH_MAX {
             return Err(SnapshotError::TooDeep {
@@ -92,16 +118,13 @@ impl Draft {
             });
         }
         let size = parent.manifest().memory.memory_bytes;
-        if over.memory_bytes() != size {
+        if memory_bytes != size {
             return Err(self.refused(format!(
-                "its memory has {} bytes, and that of its parent '{}' has {size}",
-                over.memory_bytes(),
+                "its memory has {memory_bytes} bytes, and that of its parent '{}' has {size}",
                 parent.tag()
             )));
         }
-        self.write_memory(Some(parent.reference()), |target| {
-            over.write_changed(memory, target)
-        })
+        Ok(())
     }
 
     fn write_memory(

@@ -158,6 +158,31 @@ fn parents_stay_as_long_as_they_are_needed() {
 }
 
 #[test]
+fn a_whole_memory_is_kept_as_what_differs_from_its_parent() {
+    let lab = Lab::new();
+    let parent = lab.whole("a", &lab::pattern(300), None);
+    let mut bytes = lab::pattern(300);
+    bytes[7 * PAGE..8 * PAGE].fill(9);
+    bytes[280 * PAGE..281 * PAGE].fill(0);
+    let mut draft = lab.store.begin(&tag("b")).unwrap();
+    draft
+        .write_memory_comparison(&lab::memory_of(&bytes), &parent)
+        .unwrap();
+    draft.write_state(b"the state").unwrap();
+    let stored = draft.load(Some(&parent)).unwrap();
+    assert!(read_all(&stored.memory) == bytes);
+    let snapshot = draft.finish(fields()).unwrap();
+    assert_eq!(snapshot.manifest().memory.page_count, 2);
+    assert_eq!(snapshot.manifest().parent, Some(parent.reference()));
+    let memory = snapshot.load_memory(|_, _| ()).unwrap();
+    assert!(read_all(&memory) == bytes);
+    let mut draft = lab.store.begin(&tag("c")).unwrap();
+    let other = lab::memory_of(&bytes[PAGE..]);
+    let error = draft.write_memory_comparison(&other, &parent).unwrap_err();
+    assert!(error.to_string().contains("has 1228800"), "{error}");
+}
+
+#[test]
 fn a_line_has_an_end() {
     let lab = Lab::new();
     lab.whole("s1", &lab::pattern(2), None);

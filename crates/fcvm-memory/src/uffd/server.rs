@@ -32,6 +32,8 @@ const CONNECTIONS_MAX: usize = 1024;
 /// What a server is to do.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
+    /// What the memory is of, for those who look for a server.
+    pub name: String,
     /// Users whose processes may connect, besides the server's own.
     pub users: Vec<u32>,
     /// How long the pages of a clone are recorded, where there is no complete working set.
@@ -45,6 +47,7 @@ pub struct ServerOptions {
 impl Default for ServerOptions {
     fn default() -> Self {
         Self {
+            name: String::new(),
             users: Vec::new(),
             record_window: Duration::from_secs(10),
             ends_when_idle: false,
@@ -386,6 +389,7 @@ impl Server {
             .iter()
             .filter(|(_, session)| session.is_served);
         Summary {
+            name: self.shared.options.name.clone(),
             served: served
                 .map(|(_, session)| (session.pid, lock(&session.statistics).clone()))
                 .collect(),
@@ -439,8 +443,12 @@ impl Client {
             Ok(process) => process,
             Err(error) => return refused(format!("its process cannot be watched: {error}")),
         };
-        self.tell(Message::Notice(Notice::Started { pid: self.pid }));
-        let serving = AssertUnwindSafe(|| self.serve(&message, descriptor, process.as_fd()));
+        let set = lock(&self.shared.working_set).clone();
+        self.tell(Message::Notice(Notice::Started {
+            pid: self.pid,
+            ahead_pages: set.as_ref().map_or(0, |set| set.page_count()),
+        }));
+        let serving = AssertUnwindSafe(|| self.serve(&message, descriptor, process.as_fd(), set));
         let end = catch_unwind(serving)
             .unwrap_or_else(|_| SessionEnd::Failed("a fault of the server itself".to_owned()));
         if end != SessionEnd::Exited {
@@ -469,7 +477,13 @@ impl Client {
         receive(socket)
     }
 
-    fn serve(&self, message: &[u8], descriptor: OwnedFd, process: BorrowedFd<'_>) -> SessionEnd {
+    fn serve(
+        &self,
+        message: &[u8],
+        descriptor: OwnedFd,
+        process: BorrowedFd<'_>,
+        set: Option<Arc<WorkingSet>>,
+    ) -> SessionEnd {
         let shared = &*self.shared;
         let memory_bytes = shared.source.memory_bytes();
         let understood = GuestLayout::parse(message, memory_bytes).and_then(|layout| {
@@ -481,7 +495,6 @@ impl Client {
             Err(error) => return SessionEnd::Refused(error.to_string()),
         };
         let mut faults = FaultLoop::new(userfault, layout, &shared.source, &self.statistics);
-        let set = lock(&shared.working_set).clone();
         if let Some(set) = &set {
             faults.prefetch(set);
         }

@@ -35,6 +35,8 @@ pub enum Notice {
     Started {
         /// Its number.
         pid: i32,
+        /// How many pages were recorded and come ahead; where there are some, `Prefetched` follows.
+        ahead_pages: u64,
     },
     /// What was recorded has been brought: resume the guest now.
     Prefetched {
@@ -59,6 +61,8 @@ pub enum Notice {
 /// What a server has done.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
+    /// What its memory is of, as who started it says.
+    pub name: String,
     /// The VMs that are served, by their hypervisors' numbers.
     pub served: Vec<(i32, PageServiceStatistics)>,
     /// How many were served and have ended.

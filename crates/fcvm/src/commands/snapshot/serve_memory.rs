@@ -26,6 +26,7 @@ pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> 
     });
     let source = MemorySource::new(&load_memory(&snapshot)?)?;
     let options = ServerOptions {
+        name: snapshot.manifest().id.to_string(),
         users: arguments.user.clone(),
         record_window: Duration::from_secs(arguments.record),
         ends_when_idle: arguments.exit_when_idle,
@@ -56,7 +57,7 @@ pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> 
 /// What happens, in the log; what was recorded, with the snapshot.
 fn note(snapshot: &Snapshot, event: &ServerEvent<'_>) {
     match event {
-        ServerEvent::Notice(Notice::Started { pid }) => {
+        ServerEvent::Notice(Notice::Started { pid, .. }) => {
             tracing::info!(target: "memory", "process {pid} is served");
         }
         ServerEvent::Notice(Notice::Ended {
