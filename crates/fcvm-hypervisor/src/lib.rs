@@ -18,6 +18,7 @@ pub mod probe;
 mod program;
 pub mod qemu;
 pub mod spec;
+mod state;
 mod version;
 mod vm;
 
@@ -28,8 +29,12 @@ pub use spec::{
     Accelerator, BootSpec, DiskFormat, DiskLayer, DiskSpec, GuestMemory, HardwareSpec, LaunchSpec,
     MemoryMapping, NetworkBackend, NetworkSpec,
 };
+pub use state::{DEVICE_STATE_BYTES_MAX, DeviceLine, DeviceState};
 pub use version::Version;
-pub use vm::{AgentChannel, ExitCause, Hypervisor, HypervisorKind, Vm, VmEvent, VmExit};
+pub use vm::{
+    AgentChannel, ExitCause, Hypervisor, HypervisorKind, MemoryBackend, Standby, Vm, VmEvent,
+    VmExit,
+};
 
 /// A hypervisor that starts VMs.
 pub trait Launch {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 
 use fcvm_process::HelperExit;
 use fcvm_types::record::ProcessIdentity;
@@ -9,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::error::HypervisorError;
-use crate::firecracker::{Firecracker, FirecrackerVm};
-use crate::qemu::{Qemu, QemuVm};
-use crate::spec::LaunchSpec;
-use crate::{Launch, Pause};
+use crate::firecracker::{Firecracker, FirecrackerStandby, FirecrackerVm};
+use crate::qemu::{Qemu, QemuStandby, QemuVm};
+use crate::spec::{HardwareSpec, LaunchSpec};
+use crate::state::{DeviceLine, DeviceState};
+use crate::{Launch, Pause, RestoreState};
 
 /// Which hypervisor.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +63,97 @@ impl Launch for Hypervisor {
     }
 }
 
+impl RestoreState for Hypervisor {
+    type Standby = Standby;
+
+    async fn prepare(&self, hardware: HardwareSpec) -> Result<Standby, HypervisorError> {
+        Ok(match self {
+            Self::Qemu(qemu) => Standby::Qemu(qemu.prepare(hardware).await?),
+            Self::Firecracker(firecracker) => {
+                Standby::Firecracker(firecracker.prepare(hardware).await?)
+            }
+        })
+    }
+}
+
+/// Where a VM that begins with saved state gets its memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MemoryBackend {
+    /// The file of its hardware, mapped privately: clones share what they do not write to.
+    File,
+    /// The socket of a process that serves page faults, userfaultfd(2).
+    Uffd(PathBuf),
+}
+
+/// A process of any of the hypervisors that waits for device state. Dropping it ends it.
+#[derive(Debug)]
+pub enum Standby {
+    /// QEMU's.
+    Qemu(QemuStandby),
+    /// Firecracker's.
+    Firecracker(FirecrackerStandby),
+}
+
+impl Standby {
+    /// Process id and start time.
+    pub fn identity(&self) -> ProcessIdentity {
+        match self {
+            Self::Qemu(standby) => standby.vm().identity(),
+            Self::Firecracker(standby) => standby.vm().identity(),
+        }
+    }
+
+    /// Its hardware.
+    pub fn device_line(&self) -> DeviceLine {
+        match self {
+            Self::Qemu(standby) => DeviceLine::Qemu(standby.vm().device_line().clone()),
+            Self::Firecracker(standby) => {
+                DeviceLine::Firecracker(standby.vm().device_line().clone())
+            }
+        }
+    }
+
+    /// The owner's end of the agent channel; the first call gets it. To be had before the state is
+    /// loaded, or what the guest was saying then is lost.
+    pub fn take_agent(&mut self) -> Option<AgentChannel> {
+        match self {
+            Self::Qemu(standby) => standby.take_agent().map(AgentChannel::Connected),
+            Self::Firecracker(standby) => standby.take_agent(),
+        }
+    }
+
+    /// Waits until the process has ended.
+    pub async fn wait_exit(&self) -> VmExit {
+        match self {
+            Self::Qemu(standby) => standby.vm().wait_exit().await,
+            Self::Firecracker(standby) => standby.vm().wait_exit().await,
+        }
+    }
+
+    /// Loads device state. The VM is stopped then: [`resume`](Pause::resume) lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// The state does not belong to this hardware, or is damaged, or the hypervisor cannot have its
+    /// memory from there. The process has ended then.
+    pub async fn load(
+        self,
+        state: &DeviceState,
+        memory: &MemoryBackend,
+    ) -> Result<Vm, HypervisorError> {
+        match (self, memory) {
+            (Self::Qemu(standby), MemoryBackend::File) => Ok(Vm::Qemu(standby.load(state).await?)),
+            (Self::Qemu(_), MemoryBackend::Uffd(_)) => Err(HypervisorError::InvalidSpec {
+                what: "memory that is served page by page".to_owned(),
+                reason: "QEMU maps it as a file".to_owned(),
+            }),
+            (Self::Firecracker(standby), memory) => {
+                Ok(Vm::Firecracker(standby.load(state, memory).await?))
+            }
+        }
+    }
+}
+
 /// A running VM of any of the hypervisors. Dropping it ends it.
 #[derive(Debug)]
 pub enum Vm {
@@ -84,6 +177,14 @@ impl Vm {
         match self {
             Self::Qemu(vm) => vm.identity(),
             Self::Firecracker(vm) => vm.identity(),
+        }
+    }
+
+    /// Its hardware.
+    pub fn device_line(&self) -> DeviceLine {
+        match self {
+            Self::Qemu(vm) => DeviceLine::Qemu(vm.device_line().clone()),
+            Self::Firecracker(vm) => DeviceLine::Firecracker(vm.device_line().clone()),
         }
     }
 
@@ -202,15 +303,16 @@ pub enum AgentChannel {
 }
 
 impl AgentChannel {
-    /// The connection, once there is one. Nobody else in the guest can connect afterwards.
+    /// The first connection, once there is one, and where later ones come in: these can be any
+    /// process's of the guest.
     ///
     /// # Errors
     ///
     /// The socket is broken.
-    pub async fn connected(self) -> io::Result<UnixStream> {
+    pub async fn connected(self) -> io::Result<(UnixStream, Option<UnixListener>)> {
         match self {
-            Self::Connected(stream) => Ok(stream),
-            Self::Awaited(listener) => Ok(listener.accept().await?.0),
+            Self::Connected(stream) => Ok((stream, None)),
+            Self::Awaited(listener) => Ok((listener.accept().await?.0, Some(listener))),
         }
     }
 }

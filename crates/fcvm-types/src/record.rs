@@ -126,6 +126,15 @@ pub struct StartCache {
     pub state: StartCacheState,
 }
 
+/// Where a clone's memory comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryOrigin {
+    /// `file`: mapped, and shared until it is written; `uffd`: brought page by page by a memory server.
+    pub backend: String,
+    /// Why that was chosen.
+    pub reason: String,
+}
+
 /// The state record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -186,6 +195,9 @@ pub struct VmRecord {
     /// The start-up cache, where one was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_cache: Option<StartCache>,
+    /// Where a clone's memory comes from; absent for a VM that was booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_origin: Option<MemoryOrigin>,
     /// Microseconds each stage of the start took, in order.
     pub timings_us: Vec<(String, u64)>,
     /// What the owner holds.

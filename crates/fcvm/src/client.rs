@@ -11,7 +11,7 @@ use fcvm_wire::{
 use tokio::sync::mpsc;
 
 use crate::attach::{LocalEvent, LocalIo, terminal_size};
-use crate::connection::{FrameReader, Gate, hello, spawn_writer};
+use crate::connection::{FrameReader, Gate, hello, new_session, spawn_writer};
 use crate::errors::guest_failure;
 use crate::owner::OwnerRequest;
 use crate::signals::{Arrived, Forwarded};
@@ -52,7 +52,9 @@ impl Client {
         })?;
         let mut reader = FrameReader::new(read, Decoder::from_guest());
         let outgoing = spawn_writer(Gate::default(), write);
-        outgoing.send(hello(Role::Command, None)?).await?;
+        outgoing
+            .send(hello(Role::Command, new_session()?, None))
+            .await?;
         reader.hello(Role::Owner).await?;
         Ok(Self {
             reader,

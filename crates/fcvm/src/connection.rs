@@ -123,33 +123,57 @@ impl FrameReader {
     }
 }
 
+/// The number of a new session.
+pub(crate) fn new_session() -> anyhow::Result<u64> {
+    Ok(u64::from_le_bytes(crate::state::random()?))
+}
+
 /// The hello of this program; an owner tells the agent the mark of a later connection.
-pub(crate) fn hello(role: Role, mark: Option<Mark>) -> anyhow::Result<Frame> {
+pub(crate) fn hello(role: Role, session: u64, mark: Option<Mark>) -> Frame {
     let hello = Hello {
         protocol: PROTOCOL_VERSION,
         role,
         program: concat!("fcvm ", env!("CARGO_PKG_VERSION")).to_owned(),
-        session: u64::from_le_bytes(crate::state::random()?),
+        session,
         mark,
     };
-    Ok(Frame::message(FrameKind::Hello, 0, &hello))
+    Frame::message(FrameKind::Hello, 0, &hello)
 }
 
 /// Starts the task that writes frames; the queue's senders feed it, and it ends with the last one
 /// or with the peer.
 pub(crate) fn spawn_writer(gate: Gate, socket: OwnedWriteHalf) -> mpsc::Sender<Frame> {
+    let (_, none) = mpsc::channel(1);
+    spawn_parking_writer(gate, socket, none)
+}
+
+/// As [`spawn_writer`]; after a `Park` frame it goes on with the next of `later`, and ends where there is
+/// none.
+pub(crate) fn spawn_parking_writer(
+    gate: Gate,
+    mut socket: OwnedWriteHalf,
+    mut later: mpsc::Receiver<OwnedWriteHalf>,
+) -> mpsc::Sender<Frame> {
     let (sender, mut queue) = mpsc::channel::<Frame>(QUEUED_FRAMES);
     tokio::task::spawn_local(async move {
         while let Some(frame) = queue.recv().await {
             let mut bytes = Vec::with_capacity(frame.payload.len() + fcvm_wire::HEADER_BYTES);
+            let mut parks = frame.kind == FrameKind::Park;
             frame.encode(&mut bytes);
-            while bytes.len() < BATCH_BYTES {
+            while bytes.len() < BATCH_BYTES && !parks {
                 let Ok(frame) = queue.try_recv() else { break };
+                parks = frame.kind == FrameKind::Park;
                 frame.encode(&mut bytes);
             }
             if let Err(error) = write_all(&gate, &socket, &bytes).await {
                 tracing::debug!("a connection ended while it was written to: {error}");
                 return;
+            }
+            if parks {
+                match later.recv().await {
+                    Some(next) => socket = next,
+                    None => return,
+                }
             }
         }
     });

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use fcvm_storage::{BranchMethod, CopyStore, DiskStore, OverlayStore, PoolStore, choose};
 
 use crate::args::DiskStoreChoice;
@@ -19,15 +19,19 @@ pub(crate) struct Disks {
     pub(crate) store: Box<dyn DiskStore>,
 }
 
-/// Finds them; a pool is made and mounted if need be.
-pub(crate) fn find(context: &Context) -> anyhow::Result<Disks> {
+/// Finds them; a pool is made and mounted if need be. `raw_only` is for hypervisors that know no other disks
+/// than files of raw bytes.
+pub(crate) fn find(context: &Context, raw_only: bool) -> anyhow::Result<Disks> {
     let directory = context.data_dir.join("disks");
     let store: Box<dyn DiskStore> = match context.disk_store {
-        DiskStoreChoice::Auto => choose(&directory, false)?,
+        DiskStoreChoice::Auto => choose(&directory, raw_only)?,
         DiskStoreChoice::Pool => {
             let directory = mounted(context)?;
             let store = Box::new(PoolStore::new(directory.clone()));
             return Ok(Disks { directory, store });
+        }
+        DiskStoreChoice::Overlay if raw_only => {
+            bail!("--disk-store overlay is QEMU's: choose auto, pool or copy, or --hypervisor qemu")
         }
         DiskStoreChoice::Overlay => Box::new(OverlayStore::new(directory.clone())),
         DiskStoreChoice::Copy => Box::new(CopyStore::new(directory.clone())),
@@ -41,6 +45,7 @@ pub(crate) fn find(context: &Context) -> anyhow::Result<Disks> {
 pub(crate) fn another(
     store: &dyn DiskStore,
     directory: &Path,
+    raw_only: bool,
 ) -> anyhow::Result<Box<dyn DiskStore>> {
     Ok(match store.method() {
         BranchMethod::Pool => Box::new(PoolStore::new(directory.to_owned())),
@@ -49,7 +54,7 @@ pub(crate) fn another(
         BranchMethod::Overlay | BranchMethod::Copy => {
             Box::new(CopyStore::new(directory.to_owned()))
         }
-        BranchMethod::Reflink => choose(directory, false)?,
+        BranchMethod::Reflink => choose(directory, raw_only)?,
     })
 }
 

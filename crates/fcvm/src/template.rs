@@ -8,14 +8,14 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::Accelerator;
-use fcvm_hypervisor::qemu::{DEVICE_STATE_BYTES_MAX, DeviceLine, DeviceState};
+use fcvm_hypervisor::{Accelerator, DEVICE_STATE_BYTES_MAX, DeviceLine, DeviceState};
 use fcvm_memory::page_file::anonymous_file;
 use fcvm_storage::{FrozenDisk, LayerFormat};
 use fcvm_types::VmName;
-use fcvm_types::record::Lineage;
+use fcvm_types::record::{Lineage, MemoryOrigin};
 use fcvm_wire::Mark;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
@@ -25,9 +25,26 @@ use crate::owner::spec::VmSpec;
 
 /// What a clone is made on; some of it may get its content only when the source is frozen.
 pub(crate) struct Template {
-    /// Mapped copy-on-write.
-    pub(crate) memory: OwnedFd,
+    pub(crate) memory: TemplateMemory,
     pub(crate) disk: Option<FrozenDisk>,
+}
+
+/// The memory that a clone is made on.
+pub(crate) enum TemplateMemory {
+    /// Mapped copy-on-write.
+    File(OwnedFd),
+    /// Brought page by page by the memory server of this socket.
+    Served(PathBuf),
+}
+
+impl TemplateMemory {
+    /// The file, where the one who has it needs it.
+    pub(crate) fn file(&self) -> anyhow::Result<File> {
+        match self {
+            Self::File(file) => Ok(file.try_clone()?.into()),
+            Self::Served(_) => bail!("the memory is with its server"),
+        }
+    }
 }
 
 /// State that belongs to a template.
@@ -54,11 +71,16 @@ pub(crate) struct Wish {
     pub(crate) remove_on_exit: bool,
 }
 
-/// Second message: what the clone is made on. Descriptors: the memory, then the files of the disk.
+/// Second message: what the clone is made on. Descriptors: the memory where it is a file, then the files of
+/// the disk.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Offer {
     pub(crate) accelerator: Accelerator,
     pub(crate) device_line: DeviceLine,
+    /// Where the memory comes from, and why.
+    pub(crate) origin: MemoryOrigin,
+    /// Instead of the memory's descriptor.
+    pub(crate) memory_server: Option<PathBuf>,
     pub(crate) disk: Option<DiskOffer>,
 }
 
@@ -89,17 +111,32 @@ pub(crate) fn send_offer(
     accelerator: Accelerator,
     device_line: &DeviceLine,
     template: &Template,
+    reason: &str,
 ) -> anyhow::Result<()> {
     let layers = template.disk.as_ref().map_or(&[][..], FrozenDisk::layers);
     let offer = Offer {
         accelerator,
         device_line: device_line.clone(),
+        origin: MemoryOrigin {
+            backend: match &template.memory {
+                TemplateMemory::File(_) => "file".to_owned(),
+                TemplateMemory::Served(_) => "uffd".to_owned(),
+            },
+            reason: reason.to_owned(),
+        },
+        memory_server: match &template.memory {
+            TemplateMemory::File(_) => None,
+            TemplateMemory::Served(socket) => Some(socket.clone()),
+        },
         disk: template.disk.as_ref().map(|disk| DiskOffer {
             layers: layers.iter().map(|layer| layer.format).collect(),
             size_bytes: disk.size_bytes(),
         }),
     };
-    let mut descriptors = vec![template.memory.as_fd()];
+    let mut descriptors = Vec::new();
+    if let TemplateMemory::File(memory) = &template.memory {
+        descriptors.push(memory.as_fd());
+    }
     descriptors.extend(layers.iter().map(|layer| layer.file.as_fd()));
     channel.send(&offer, &descriptors)
 }
@@ -110,7 +147,13 @@ pub(crate) async fn take_offer(channel: &Handover) -> anyhow::Result<(Offer, Tem
         bail!("the source ended, or gave up the fork");
     };
     let mut descriptors = descriptors.into_iter();
-    let memory = descriptors.next().context("the source sent no memory")?;
+    let memory = match &offer.memory_server {
+        Some(socket) => TemplateMemory::Served(socket.clone()),
+        None => {
+            let memory = descriptors.next().context("the source sent no memory")?;
+            TemplateMemory::File(memory)
+        }
+    };
     let disk = match &offer.disk {
         Some(disk) => {
             let files = descriptors.map(File::from);

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::Context as _;
+use fcvm_hypervisor::HypervisorKind;
 use fcvm_image::Digest;
 use fcvm_snapshot::{Listed, Snapshot, SnapshotError};
 use fcvm_types::SnapshotTag;
@@ -16,10 +17,10 @@ use crate::args::run::NetworkMode;
 use crate::commands::snapshot::create::host_cpu;
 use crate::context::Context;
 use crate::owner::spec::{HealthProbe, VmSpec};
-use crate::owner::{accelerator, qemu};
+use crate::owner::{accelerator, firecracker, qemu};
 
 /// Version of what is in a key.
-const KEY_VERSION: u32 = 1;
+const KEY_VERSION: u32 = 2;
 /// Beginning of the tags.
 const TAG_PREFIX: &str = "warm-";
 /// Hexadecimal characters of the key in a tag.
@@ -42,7 +43,8 @@ struct Key<'a> {
     kernel: FileKey,
     /// Its name has the digest of the agent and the modules in it.
     initramfs: &'a Path,
-    qemu: FileKey,
+    hypervisor: &'static str,
+    program: FileKey,
     accelerator: &'static str,
     host_cpu: String,
     /// What the state's health check asks; how often does not matter.
@@ -71,7 +73,11 @@ impl FileKey {
 
 /// The key of the started state of a VM: 64 hexadecimal characters.
 pub(crate) fn key(context: &Context, spec: &VmSpec) -> anyhow::Result<String> {
-    let accelerator = accelerator(context, spec.accelerator)?;
+    let accelerator = accelerator(context, spec)?;
+    let program = match spec.hypervisor {
+        HypervisorKind::Qemu => qemu(context)?.program().to_owned(),
+        HypervisorKind::Firecracker => firecracker(context, Path::new(""))?.program().to_owned(),
+    };
     // The host name is each VM's own, and is not known to fit any other.
     let own = format!("HOSTNAME={}", spec.hostname);
     let mut process = spec.process.clone();
@@ -90,7 +96,8 @@ pub(crate) fn key(context: &Context, spec: &VmSpec) -> anyhow::Result<String> {
         passt: context.find_program("passt").is_some(),
         kernel: FileKey::of(&spec.kernel)?,
         initramfs: &spec.initramfs,
-        qemu: FileKey::of(qemu(context)?.program())?,
+        hypervisor: spec.hypervisor.name(),
+        program: FileKey::of(&program)?,
         accelerator: accelerator.name(),
         host_cpu: host_cpu(accelerator),
         health: spec.health.as_ref().map(|check| &check.probe),

@@ -2,16 +2,66 @@
 
 use fcvm_types::ByteSize;
 use fcvm_types::guest::{CHANNEL_ARGUMENT, DISKS_ARGUMENT, VSOCK_CHANNEL};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::NAME;
 use crate::error::HypervisorError;
-use crate::spec::{DiskFormat, DiskSpec, NetworkBackend, NetworkSpec};
+use crate::spec::{DiskFormat, DiskSpec, HardwareSpec, NetworkBackend, NetworkSpec};
+use crate::version::Version;
 
 /// Address of the guest on its own vsock: any number from 3 on, as no two VMs share one.
 const GUEST_CID: u32 = 3;
 /// Name of the socket that stands behind the guest's vsock.
 pub(super) const VSOCK_NAME: &str = "vsock";
+
+/// The virtual hardware, and the Firecracker that made it. A snapshot can be loaded only by the same,
+/// which brings the hardware with it; what stands behind it has to fit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceLine {
+    /// Firecracker's version.
+    pub firecracker_version: Version,
+    /// Virtual processors.
+    pub cpu_count: u32,
+    /// Size of the memory.
+    pub memory_bytes: u64,
+    /// The disks in their order: the serial number of each, and whether it can be written to.
+    pub disks: Vec<(String, bool)>,
+    /// Whether there is a network card.
+    pub has_network: bool,
+}
+
+impl DeviceLine {
+    pub(super) fn new(hardware: &HardwareSpec, firecracker_version: Version) -> Self {
+        let disks = hardware.disks.iter();
+        Self {
+            firecracker_version,
+            cpu_count: hardware.cpu_count,
+            memory_bytes: hardware.memory.size().bytes(),
+            disks: disks
+                .map(|disk| (disk.serial.clone(), !disk.read_only))
+                .collect(),
+            has_network: hardware.network.is_some(),
+        }
+    }
+
+    /// What of `saved` this hardware is not, as one clause; nothing where they are the same.
+    pub fn difference(&self, saved: &Self) -> Option<String> {
+        if self.firecracker_version != saved.firecracker_version {
+            return Some(format!(
+                "it was made by {NAME} {} and this is {NAME} {}",
+                saved.firecracker_version, self.firecracker_version
+            ));
+        }
+        let parts = [
+            ("processors", saved.cpu_count == self.cpu_count),
+            ("memory", saved.memory_bytes == self.memory_bytes),
+            ("disks", saved.disks == self.disks),
+            ("network", saved.has_network == self.has_network),
+        ];
+        let (part, _) = parts.into_iter().find(|(_, is_same)| !is_same)?;
+        Some(format!("its {part} are not those of this VM"))
+    }
+}
 
 #[derive(Serialize)]
 pub(super) struct MachineConfiguration {

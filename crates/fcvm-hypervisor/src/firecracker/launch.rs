@@ -1,6 +1,6 @@
 //! Starting Firecracker, watching it, ending it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, symlink};
@@ -16,8 +16,8 @@ use tokio::net::UnixListener;
 
 use super::api::ApiClient;
 use super::configuration::{
-    Action, BootSource, Drive, Entropy, MachineConfiguration, NetworkInterface, VSOCK, VSOCK_NAME,
-    VmState, kernel_arguments,
+    Action, BootSource, DeviceLine, Drive, Entropy, MachineConfiguration, NetworkInterface, VSOCK,
+    VSOCK_NAME, VmState, kernel_arguments,
 };
 use super::{Firecracker, NAME};
 use crate::check::{check_file, check_hardware, setup_failed, text_path};
@@ -33,6 +33,10 @@ const ROLE: &str = "firecracker";
 const CPU_COUNT_MAX: u32 = 32;
 /// Name of the control socket.
 const API_NAME: &str = "api";
+/// Name of the file of device state.
+pub(super) const STATE_NAME: &str = "state";
+/// Name of the memory of a VM that begins with saved state.
+pub(super) const MEMORY_NAME: &str = "memory";
 /// How long Firecracker may take until it answers. It takes 10 ms on an idle host.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take to do what it is told. It gives itself 30 s to hear from its processors.
@@ -46,7 +50,9 @@ pub struct FirecrackerVm {
     helper: HelperProcess,
     pub(super) api: ApiClient,
     agent: Option<UnixListener>,
-    version: Version,
+    device_line: DeviceLine,
+    /// Where device state is saved and loaded from.
+    pub(super) state: File,
     _directory: Directory,
 }
 
@@ -72,6 +78,8 @@ impl Firecracker {
             .path
             .join(format!("{VSOCK_NAME}_{AGENT_VSOCK_PORT}"));
         let agent = UnixListener::bind(agent).map_err(setup_failed("the agent channel"))?;
+        let mut line = DeviceLine::new(&spec, Version::default());
+        let state = state_file().map_err(setup_failed("a file for the device state"))?;
         let mut command = HelperCommand::new(ROLE, self.program());
         command
             .no_new_privileges()
@@ -81,12 +89,19 @@ impl Firecracker {
             .args(["--api-sock", API_NAME, "--id", "fcvm"])
             // What it has to say comes behind one another on standard error.
             .args(["--log-path", "/proc/self/fd/2", "--level", "Warning"]);
+        let mut linked = vec![(STATE_NAME.to_owned(), copy_of(&state)?)];
+        if spec.memory.mapping() == MemoryMapping::CopyOnWrite {
+            // One that boots has memory of its own.
+            linked.push((MEMORY_NAME.to_owned(), spec.memory.into()));
+        }
         for (index, mut disk) in spec.disks.into_iter().enumerate() {
             if let Some(layer) = disk.layers.pop() {
-                let name = directory.path.join(format!("disk{index}"));
-                link_descriptor(&mut command, layer.file.into(), &name)
-                    .map_err(setup_failed("the descriptors"))?;
+                linked.push((format!("disk{index}"), layer.file.into()));
             }
+        }
+        for (name, fd) in linked {
+            link_descriptor(&mut command, fd, &directory.path.join(name))
+                .map_err(setup_failed("the descriptors"))?;
         }
         tracing::trace!("{command:?}");
         let helper = command.spawn().map_err(|source| HypervisorError::Spawn {
@@ -94,12 +109,13 @@ impl Firecracker {
             source,
         })?;
         let api = ApiClient::new(directory.path.join(API_NAME));
-        let version = self.connect(&helper, &api).await?;
+        line.firecracker_version = self.connect(&helper, &api).await?;
         Ok(FirecrackerVm {
             helper,
             api,
             agent: Some(agent),
-            version,
+            device_line: line,
+            state,
             _directory: directory,
         })
     }
@@ -133,6 +149,17 @@ impl Firecracker {
             reason: exit.to_string(),
         })
     }
+}
+
+/// An anonymous file.
+fn state_file() -> io::Result<File> {
+    let file = rustix::fs::memfd_create("fcvm-device-state", rustix::fs::MemfdFlags::CLOEXEC)?;
+    Ok(file.into())
+}
+
+fn copy_of(file: &File) -> Result<OwnedFd, HypervisorError> {
+    let copy = file.try_clone().map_err(setup_failed("the descriptors"))?;
+    Ok(copy.into())
 }
 
 /// Makes a descriptor of the process reachable by a name in its directory.
@@ -242,9 +269,9 @@ impl FirecrackerVm {
         self.agent.take().map(AgentChannel::Awaited)
     }
 
-    /// Firecracker's version.
-    pub fn version(&self) -> Version {
-        self.version
+    /// Its hardware, and Firecracker's version.
+    pub fn device_line(&self) -> &DeviceLine {
+        &self.device_line
     }
 
     /// There are no events: waits until there can be none any more.

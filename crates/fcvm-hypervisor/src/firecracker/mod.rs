@@ -19,9 +19,10 @@ mod probe;
 pub mod release;
 mod snapshot;
 
+pub use configuration::DeviceLine;
 pub use launch::FirecrackerVm;
 pub use probe::{Firecracker, MINIMUM_VERSION};
-pub use snapshot::{FirecrackerStandby, MemoryBackend, SavedMemory, SnapshotFiles};
+pub use snapshot::{FirecrackerStandby, SavedMemory};
 
 /// The hypervisor's name in messages.
 const NAME: &str = "Firecracker";

@@ -1,61 +1,50 @@
-//! Snapshots: the state of a paused VM and its memory, written to files, and VMs that begin with them.
+//! Snapshots: the state of a paused VM and its memory, and VMs that begin with them.
 //!
 //! Disks are no part of a snapshot. Their paths are, and so is that of the vsock's socket: all are
 //! names in the VM's directory, so that a clone finds its own disks and its own socket by them in its
 //! own. Connections over vsock end with a snapshot, on both sides of it: the guest is told to forget them.
 
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
 
 use super::configuration::NetworkInterface;
-use super::launch::{COMMAND_TIMEOUT, FirecrackerVm, check};
+use super::launch::{COMMAND_TIMEOUT, FirecrackerVm, MEMORY_NAME, STATE_NAME, check};
 use super::{Firecracker, NAME};
-use crate::check::{check_file, text_path};
+use crate::RestoreState;
+use crate::check::text_path;
 use crate::error::HypervisorError;
 use crate::spec::{HardwareSpec, MemoryMapping};
+use crate::state::{DEVICE_STATE_BYTES_MAX, DeviceState, failed};
+use crate::vm::{AgentChannel, MemoryBackend};
 
 /// Which memory is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SavedMemory {
     /// All of it.
     Full,
-    /// The pages that the host has in memory for the VM; the file gets holes for the rest. For a clone
-    /// these are all that the page cache has of the file it began with, written to or not: what is
-    /// its own is told by pagemap(5) instead. Firecracker's own tracking of writes is not used, as each
-    /// first write to a page would cost the guest an exit.
+    /// Over what the file holds. Of a VM that booted, the pages that the host has in memory for it, and so not
+    /// what the host has swapped out. Of one that began with saved state, the pages that were written
+    /// since, or since it was saved the last time: first writes to a private mapping are
+    /// faults anyhow, and to track them costs next to nothing.
     Difference,
-}
-
-/// The files of a snapshot.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SnapshotFiles {
-    /// Processors and devices, in Firecracker's own format.
-    pub state: PathBuf,
-    /// Guest memory, byte for byte.
-    pub memory: PathBuf,
-}
-
-/// Where a VM gets its memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MemoryBackend {
-    /// A file that is mapped privately: clones share what they do not write to.
-    File(PathBuf),
-    /// The socket of a process that serves page faults, userfaultfd(2).
-    Uffd(PathBuf),
 }
 
 #[derive(Serialize)]
 struct CreateSnapshot {
     snapshot_type: &'static str,
-    snapshot_path: String,
+    snapshot_path: &'static str,
     mem_file_path: String,
 }
 
 #[derive(Serialize)]
 struct LoadSnapshot {
-    snapshot_path: String,
+    snapshot_path: &'static str,
     mem_backend: Backend,
+    track_dirty_pages: bool,
     /// The owner lets it go on when all is ready.
     resume_vm: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -75,28 +64,41 @@ struct NetworkOverride {
 }
 
 impl FirecrackerVm {
-    /// Writes a snapshot. The VM must be paused and stays so; its agent connects anew when it goes on.
+    /// Saves the state, and the memory into a file of its size. The VM must be paused and stays so; its agent
+    /// connects anew when it goes on.
     ///
     /// # Errors
     ///
-    /// It is not paused, or a file cannot be written: what is in the files then is no snapshot.
+    /// It is not paused, or the host has no space left: what is in the file then is no memory, and only
+    /// [`SavedMemory::Full`] will do the next time.
     pub async fn save(
         &self,
-        files: &SnapshotFiles,
-        memory: SavedMemory,
-    ) -> Result<(), HypervisorError> {
+        memory: &File,
+        saved: SavedMemory,
+    ) -> Result<DeviceState, HypervisorError> {
         let request = CreateSnapshot {
-            snapshot_type: match memory {
+            snapshot_type: match saved {
                 SavedMemory::Full => "Full",
                 SavedMemory::Difference => "Diff",
             },
-            snapshot_path: text_path(&files.state, "the state file")?,
-            mem_file_path: text_path(&files.memory, "the memory file")?,
+            snapshot_path: STATE_NAME,
+            // Files for this come when it runs already: it can open them as its owner's.
+            mem_file_path: format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()),
         };
         self.api
             .put("/snapshot/create", &request, COMMAND_TIMEOUT)
             .await
-            .map_err(|error| refused("saved", error))
+            .map_err(|error| refused("saved", error))?;
+        let read = || {
+            let length = self.state.metadata()?.len();
+            let length = length.min(DEVICE_STATE_BYTES_MAX + 1);
+            let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+            self.state.read_exact_at(&mut bytes, 0)?;
+            self.state.set_len(0)?;
+            Ok(bytes)
+        };
+        let bytes = read().map_err(|error: io::Error| failed("saved", error.to_string()))?;
+        DeviceState::from_bytes(bytes)
     }
 }
 
@@ -107,17 +109,10 @@ pub struct FirecrackerStandby {
     network_overrides: Vec<(&'static str, String)>,
 }
 
-impl Firecracker {
-    /// Starts a process for a VM that begins with a snapshot of the same hardware. It has disks, a
-    /// network and a console of its own; its memory comes with the snapshot.
-    ///
-    /// # Errors
-    ///
-    /// As [`Launch::launch`](crate::Launch::launch).
-    pub async fn prepare(
-        &self,
-        hardware: HardwareSpec,
-    ) -> Result<FirecrackerStandby, HypervisorError> {
+impl RestoreState for Firecracker {
+    type Standby = FirecrackerStandby;
+
+    async fn prepare(&self, hardware: HardwareSpec) -> Result<FirecrackerStandby, HypervisorError> {
         check(&hardware, MemoryMapping::CopyOnWrite)?;
         let network = match &hardware.network {
             Some(network) => Some(NetworkInterface::new(network)?),
@@ -139,31 +134,42 @@ impl FirecrackerStandby {
         &self.vm
     }
 
+    /// The owner's end of the agent channel, to which the agent connects; the first call gets it.
+    pub fn take_agent(&mut self) -> Option<AgentChannel> {
+        self.vm.take_agent()
+    }
+
     /// Loads a snapshot. The VM is paused then: [`resume`](crate::Pause::resume) lets it go on.
     ///
     /// # Errors
     ///
-    /// The files are not there, damaged, or of another version or hardware. The process has ended then.
+    /// The state is damaged, or of another version or hardware, or nobody serves the memory. The process
+    /// has ended then.
     pub async fn load(
         self,
-        state: &Path,
+        state: &DeviceState,
         memory: &MemoryBackend,
     ) -> Result<FirecrackerVm, HypervisorError> {
-        check_file(state, "the state file")?;
-        let (backend_type, path) = match memory {
-            MemoryBackend::File(path) => {
-                check_file(path, "the memory file")?;
-                ("File", path)
+        let (backend_type, backend_path) = match memory {
+            MemoryBackend::File => ("File", MEMORY_NAME.to_owned()),
+            MemoryBackend::Uffd(socket) => {
+                ("Uffd", text_path(socket, "the memory server's socket")?)
             }
-            MemoryBackend::Uffd(path) => ("Uffd", path),
         };
+        let file = &self.vm.state;
+        let write = || {
+            file.set_len(0)?;
+            file.write_all_at(state.as_bytes(), 0)
+        };
+        write().map_err(|error| failed("loaded", error.to_string()))?;
         let overrides = self.network_overrides.into_iter();
         let request = LoadSnapshot {
-            snapshot_path: text_path(state, "the state file")?,
+            snapshot_path: STATE_NAME,
             mem_backend: Backend {
                 backend_type,
-                backend_path: text_path(path, "the memory's place")?,
+                backend_path,
             },
+            track_dirty_pages: true,
             resume_vm: false,
             network_overrides: overrides
                 .map(|(iface_id, host_dev_name)| NetworkOverride {
@@ -178,7 +184,11 @@ impl FirecrackerStandby {
             .put("/snapshot/load", &request, COMMAND_TIMEOUT)
             .await;
         match loaded {
-            Ok(()) => Ok(self.vm),
+            Ok(()) => {
+                // It is in memory twice otherwise.
+                let _ = self.vm.state.set_len(0);
+                Ok(self.vm)
+            }
             Err(error) => Err(refused("loaded", self.vm.explain(error).await)),
         }
     }
@@ -191,5 +201,5 @@ fn refused(what: &'static str, error: HypervisorError) -> HypervisorError {
         HypervisorError::ExitedAtStart { reason } => reason,
         error => return error,
     };
-    HypervisorError::State { what, reason }
+    failed(what, reason)
 }

@@ -13,7 +13,7 @@ mod snapshot;
 pub use command_line::DeviceLine;
 pub use launch::QemuVm;
 pub use probe::{MINIMUM_VERSION, Qemu};
-pub use snapshot::{DEVICE_STATE_BYTES_MAX, DeviceState, QemuStandby};
+pub use snapshot::QemuStandby;
 
 /// The hypervisor's name in messages.
 const NAME: &str = "QEMU";

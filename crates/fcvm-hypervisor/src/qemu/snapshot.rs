@@ -10,7 +10,6 @@ use std::io::{self, Seek};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use fcvm_types::ByteSize;
 use rustix::fs::MemfdFlags;
 use rustix::pipe::PipeFlags;
 use serde_json::json;
@@ -23,48 +22,12 @@ use super::command_line::STATE_SET;
 use super::launch::{COMMAND_TIMEOUT, QemuVm, START_TIMEOUT};
 use crate::error::HypervisorError;
 use crate::spec::{HardwareSpec, MemoryMapping};
+use crate::state::{DEVICE_STATE_BYTES_MAX, DeviceState, failed};
 use crate::{RestoreState, SaveState};
 
-/// Most device state that is taken, in bytes. A VM of one processor has 100 to 200 KB.
-pub const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 /// The device state of a small VM then never waits for its reader. Far below what the kernel lets an
 /// unprivileged user have in all pipes together (pipe(7)), also with a hundred VMs.
 const PIPE_BYTES: usize = 256 << 10;
-
-/// The state of a VM's processors and devices.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceState(Vec<u8>);
-
-impl DeviceState {
-    /// State that was saved before.
-    ///
-    /// # Errors
-    ///
-    /// It is empty, or longer than [`DEVICE_STATE_BYTES_MAX`].
-    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, HypervisorError> {
-        if bytes.is_empty() {
-            return Err(failed("loaded", "it is empty".to_owned()));
-        }
-        if bytes.len() as u64 > DEVICE_STATE_BYTES_MAX {
-            return Err(too_much());
-        }
-        Ok(Self(bytes))
-    }
-
-    /// Its bytes, in QEMU's own format.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-fn too_much() -> HypervisorError {
-    let limit = ByteSize::from_bytes(DEVICE_STATE_BYTES_MAX);
-    failed("saved", format!("it is longer than {limit}"))
-}
-
-fn failed(what: &'static str, reason: String) -> HypervisorError {
-    HypervisorError::State { what, reason }
-}
 
 /// The anonymous file to which QEMU saves. QEMU truncates it first, which no pipe can be.
 #[derive(Debug)]

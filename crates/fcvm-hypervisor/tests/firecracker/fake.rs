@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,10 @@ use serde_json::{Value, json};
 pub(crate) const CONSOLE_TEXT: &str = "the guest runs\n";
 /// What its agent says first.
 pub(crate) const AGENT_TEXT: &[u8] = b"the agent is there";
+/// What it writes of a guest's memory, at its beginning.
+pub(crate) const FULL_MEMORY: &[u8] = b"all memory, from the beginning";
+/// What it writes of what is in memory, or was written to.
+pub(crate) const DIRTY_MEMORY: &[u8] = b"some";
 /// Name of the ignored test that is the fake.
 const ENTRY: &str = "fake_firecracker";
 
@@ -121,6 +125,7 @@ struct Machine {
     fault: String,
     faulty: String,
     configured: BTreeSet<String>,
+    memory_mib: u64,
     state: State,
     /// The socket behind the guest's vsock, and the agent's connection.
     vsock: Option<UnixListener>,
@@ -252,7 +257,8 @@ impl Machine {
         if !(1..=32).contains(&count) {
             return Err("The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled.".into());
         }
-        if number(body, "mem_size_mib")? == 0 {
+        self.memory_mib = number(body, "mem_size_mib")?;
+        if self.memory_mib == 0 {
             return Err("The memory size (MiB) is invalid.".into());
         }
         self.once("machine-config")
@@ -380,24 +386,33 @@ impl Machine {
             return Err("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running".into());
         }
         let memory = match text(body, "snapshot_type")? {
-            "Full" => &b"all memory"[..],
-            "Diff" => b"some memory",
+            "Full" => FULL_MEMORY,
+            "Diff" => DIRTY_MEMORY,
             other => {
                 return Err(format!(
                     "unknown variant `{other}`, expected `Diff` or `Full`"
                 ));
             }
         };
-        let write = |field: &str, bytes: &[u8]| -> Result<(), String> {
-            fs::write(text(body, field)?, bytes).map_err(|error| {
-                format!("Create snapshot error: Cannot perform open on the snapshot backing file: {error}")
-            })
+        let opened = |error: std::io::Error| {
+            format!(
+                "Create snapshot error: Cannot perform open on the snapshot backing file: {error}"
+            )
         };
         let configured: Vec<&str> = self.configured.iter().map(String::as_str).collect();
-        write("snapshot_path", configured.join("\n").as_bytes())?;
-        write("mem_file_path", memory)?;
-        // The guest's connections are ended.
+        // The guest's connections are ended first.
         self.agent = None;
+        fs::write(text(body, "snapshot_path")?, configured.join("\n")).map_err(opened)?;
+        // The memory's file is written over, and gets the memory's size.
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false);
+        let file = options.open(text(body, "mem_file_path")?).map_err(opened)?;
+        let size = self.memory_mib << 20;
+        if file.metadata().map_err(opened)?.len() != size {
+            file.set_len(0).map_err(opened)?;
+            file.set_len(size).map_err(opened)?;
+        }
+        file.write_all_at(memory, 0).map_err(opened)?;
         Ok(None)
     }
 
@@ -426,7 +441,10 @@ impl Machine {
         fields(backend, &["backend_type", "backend_path"], &[])?;
         let path = text(backend, "backend_path")?;
         match text(backend, "backend_type")? {
-            "File" => File::open(path).map(drop).map_err(failed)?,
+            "File" => {
+                let bytes = fs::metadata(path).map_err(failed)?.len();
+                self.memory_mib = bytes >> 20;
+            }
             "Uffd" => UnixStream::connect(path).map(drop).map_err(failed)?,
             other => return Err(format!("unknown variant `{other}`")),
         }

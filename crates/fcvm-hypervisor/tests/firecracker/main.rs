@@ -9,19 +9,24 @@ mod real;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use fake::{Behaviour, Fault};
 use fcvm_hypervisor::firecracker::{
-    Firecracker, FirecrackerStandby, FirecrackerVm, MemoryBackend, SavedMemory, SnapshotFiles,
+    DeviceLine, Firecracker, FirecrackerStandby, FirecrackerVm, SavedMemory,
 };
 use fcvm_hypervisor::{
-    Accelerator, AgentChannel, BootSpec, DiskFormat, DiskLayer, DiskSpec, ExitCause, GuestMemory,
-    HardwareSpec, HypervisorError, Launch, LaunchSpec, NetworkBackend, NetworkSpec, Pause,
+    Accelerator, AgentChannel, BootSpec, DeviceState, DiskFormat, DiskLayer, DiskSpec, ExitCause,
+    GuestMemory, HardwareSpec, HypervisorError, Launch, LaunchSpec, MemoryBackend, NetworkBackend,
+    NetworkSpec, Pause, RestoreState,
 };
 use fcvm_types::ByteSize;
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
+
+/// What the VMs have.
+const MEMORY_BYTES: u64 = 128 << 20;
 
 /// Not a test: the stand-in's process.
 #[test]
@@ -68,7 +73,7 @@ impl Place {
         let spec = LaunchSpec {
             hardware: HardwareSpec {
                 cpu_count: 3,
-                memory: GuestMemory::new(ByteSize::from_mib(128)).unwrap(),
+                memory: GuestMemory::new(ByteSize::from_bytes(MEMORY_BYTES)).unwrap(),
                 disks: vec![
                     DiskSpec::raw(File::open(root).unwrap(), "fcvm-root", true),
                     // A file without a name, as a VM's own disk is.
@@ -104,7 +109,7 @@ impl Place {
 }
 
 async fn first_words(channel: AgentChannel) -> Vec<u8> {
-    let mut stream = channel.connected().await.unwrap();
+    let (mut stream, _listener) = channel.connected().await.unwrap();
     let mut words = vec![0; fake::AGENT_TEXT.len()];
     stream.read_exact(&mut words).await.unwrap();
     words
@@ -401,18 +406,28 @@ async fn what_an_earlier_vm_left_is_not_taken_over() {
     assert!(place.path("vm/vsock").exists());
 }
 
-fn files(place: &Place) -> SnapshotFiles {
-    SnapshotFiles {
-        state: place.path("state"),
-        memory: place.path("memory"),
-    }
+/// A file of the size of the memory that [`Place::spec`] has.
+fn memory_file() -> File {
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(MEMORY_BYTES).unwrap();
+    memory
+}
+
+fn begins_with(file: &File, bytes: &[u8]) {
+    let mut found = vec![0; bytes.len()];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert_eq!(found, bytes);
+    assert_eq!(file.metadata().unwrap().len(), MEMORY_BYTES);
 }
 
 /// Hardware of a clone of what [`Place::spec`] makes, in another directory.
-async fn prepare(place: &Place, name: &str) -> Result<FirecrackerStandby, HypervisorError> {
+async fn prepare(
+    place: &Place,
+    name: &str,
+    memory: &File,
+) -> Result<FirecrackerStandby, HypervisorError> {
     let (mut spec, _console) = place.spec();
-    let memory = tempfile::tempfile().unwrap();
-    memory.set_len(128 << 20).unwrap();
+    let memory = memory.try_clone().unwrap();
     spec.hardware.memory = GuestMemory::copy_on_write(memory.into()).unwrap();
     Firecracker::locate(Some(&place.program), "", place.path(name))
         .unwrap()
@@ -420,13 +435,17 @@ async fn prepare(place: &Place, name: &str) -> Result<FirecrackerStandby, Hyperv
         .await
 }
 
+fn state(text: &str) -> DeviceState {
+    DeviceState::from_bytes(text.as_bytes().to_vec()).unwrap()
+}
+
 #[tokio::test]
 async fn clones_of_a_snapshot_have_their_own_channels() {
     let place = Place::new(Behaviour::default());
     let (spec, _console) = place.spec();
     let vm = place.firecracker().launch(spec).await.unwrap();
-    let files = files(&place);
-    let error = vm.save(&files, SavedMemory::Full).await.unwrap_err();
+    let memory = memory_file();
+    let error = vm.save(&memory, SavedMemory::Full).await.unwrap_err();
     assert!(
         error
             .to_string()
@@ -434,58 +453,81 @@ async fn clones_of_a_snapshot_have_their_own_channels() {
         "{error}"
     );
     vm.pause().await.unwrap();
-    vm.save(&files, SavedMemory::Full).await.unwrap();
-    assert_eq!(fs::read(&files.memory).unwrap(), b"all memory");
-    let difference = SnapshotFiles {
-        state: place.path("state2"),
-        memory: place.path("memory2"),
-    };
-    vm.save(&difference, SavedMemory::Difference).await.unwrap();
-    assert_eq!(fs::read(&difference.memory).unwrap(), b"some memory");
+    let state = vm.save(&memory, SavedMemory::Full).await.unwrap();
+    begins_with(&memory, fake::FULL_MEMORY);
+    // A difference is written over what is there.
+    let again = vm.save(&memory, SavedMemory::Difference).await.unwrap();
+    let rest = &fake::FULL_MEMORY[fake::DIRTY_MEMORY.len()..];
+    begins_with(&memory, &[fake::DIRTY_MEMORY, rest].concat());
+    assert_eq!(again, state);
     vm.resume().await.unwrap();
 
-    let memory = MemoryBackend::File(files.memory.clone());
     let mut clones = Vec::new();
     for name in ["clone1", "clone2"] {
-        let standby = prepare(&place, name).await.unwrap();
+        let mut standby = prepare(&place, name, &memory).await.unwrap();
+        let line = standby.vm().device_line();
+        assert_eq!(line.difference(vm.device_line()), None);
         assert!(!standby.vm().is_running().await.unwrap());
-        let mut clone = standby.load(&files.state, &memory).await.unwrap();
+        let channel = standby.take_agent().unwrap();
+        let clone = standby.load(&state, &MemoryBackend::File).await.unwrap();
         assert!(!clone.is_running().await.unwrap());
         clone.resume().await.unwrap();
         assert!(clone.is_running().await.unwrap());
-        let channel = clone.take_agent().unwrap();
         assert_eq!(first_words(channel).await, fake::AGENT_TEXT);
+        // What was loaded can be saved again.
+        clone.pause().await.unwrap();
+        let saved = clone.save(&memory_file(), SavedMemory::Difference).await;
+        assert_eq!(saved.unwrap(), state);
         clones.push(clone);
     }
     assert!(vm.is_running().await.unwrap());
 }
 
 #[tokio::test]
+async fn a_state_goes_into_its_own_hardware_only() {
+    let place = Place::new(Behaviour::default());
+    let (spec, _console) = place.spec();
+    let vm = place.firecracker().launch(spec).await.unwrap();
+    let line = vm.device_line().clone();
+    let with = |change: fn(&mut DeviceLine)| {
+        let mut other = line.clone();
+        change(&mut other);
+        other.difference(&line).unwrap()
+    };
+    assert_eq!(
+        with(|line| line.firecracker_version.minor += 1),
+        "it was made by Firecracker 1.17.0 and this is Firecracker 1.18.0"
+    );
+    let changes: [(&str, fn(&mut DeviceLine)); 4] = [
+        ("processors", |line| line.cpu_count += 1),
+        ("memory", |line| line.memory_bytes += 1),
+        ("disks", |line| line.disks.clear()),
+        ("network", |line| line.has_network ^= true),
+    ];
+    for (part, change) in changes {
+        let expected = format!("its {part} are not those of this VM");
+        assert_eq!(with(change), expected);
+    }
+    let read: DeviceLine = serde_json::from_value(serde_json::to_value(&line).unwrap()).unwrap();
+    assert_eq!(read.difference(&line), None);
+}
+
+#[tokio::test]
 async fn a_snapshot_that_cannot_be_loaded_ends_its_process() {
     let place = Place::new(Behaviour::default());
-    let files = files(&place);
-    let memory = MemoryBackend::File(files.memory.clone());
-    let standby = prepare(&place, "clone").await.unwrap();
-    let error = standby.load(&files.state, &memory).await.unwrap_err();
-    assert!(
-        matches!(error, HypervisorError::InvalidSpec { .. }),
-        "{error}"
-    );
-    assert!(!place.path("clone").exists());
-
-    fs::write(&files.memory, "memory").unwrap();
-    fs::write(&files.state, "no state").unwrap();
-    let standby = prepare(&place, "clone").await.unwrap();
-    let error = standby.load(&files.state, &memory).await.unwrap_err();
+    let memory = memory_file();
+    let standby = prepare(&place, "clone", &memory).await.unwrap();
+    let error = standby.load(&state("no state"), &MemoryBackend::File).await;
     assert_eq!(
-        error.to_string(),
+        error.unwrap_err().to_string(),
         "the device state cannot be loaded: Firecracker says: Load snapshot error: Failed to restore from \
          snapshot: Failed to load snapshot state from file: Bad magic value"
     );
-    fs::write(&files.state, "boot-source\nvsock").unwrap();
+    assert!(!place.path("clone").exists());
     let gone = MemoryBackend::Uffd(place.path("nobody-serves"));
-    let standby = prepare(&place, "clone").await.unwrap();
-    let error = standby.load(&files.state, &gone).await.unwrap_err();
+    let standby = prepare(&place, "clone", &memory).await.unwrap();
+    let error = standby.load(&state("boot-source\nvsock"), &gone).await;
+    let error = error.unwrap_err();
     assert!(
         matches!(error, HypervisorError::State { what: "loaded", .. }),
         "{error}"
@@ -493,27 +535,59 @@ async fn a_snapshot_that_cannot_be_loaded_ends_its_process() {
     assert!(!place.path("clone").exists());
 
     let dying = Place::faulty(Fault::Die, "PUT /snapshot/load");
-    let standby = prepare(&dying, "clone").await.unwrap();
-    let error = standby.load(&files.state, &memory).await.unwrap_err();
+    let standby = prepare(&dying, "clone", &memory).await.unwrap();
+    let error = standby
+        .load(&state("boot-source"), &MemoryBackend::File)
+        .await;
     assert_eq!(
-        error.to_string(),
+        error.unwrap_err().to_string(),
         "the device state cannot be loaded: firecracker exited with status 1: Error: the fake gives up"
     );
 }
 
-/// As it does when the process that serves its memory has died.
+/// As they do when the process that serves the memory has died.
 #[tokio::test]
-async fn a_load_that_hangs_ends_with_the_time_limit() {
+async fn a_load_or_save_that_hangs_ends_with_the_time_limit() {
     let place = Place::faulty(Fault::Hang, "PUT /snapshot/load");
-    let files = files(&place);
-    fs::write(&files.memory, "memory").unwrap();
-    fs::write(&files.state, "state").unwrap();
-    let standby = prepare(&place, "clone").await.unwrap();
+    let standby = prepare(&place, "clone", &memory_file()).await.unwrap();
     let process = format!("/proc/{}", standby.vm().identity().pid);
     tokio::time::pause();
-    let memory = MemoryBackend::File(files.memory.clone());
-    let error = standby.load(&files.state, &memory).await.unwrap_err();
+    let error = standby.load(&state("state"), &MemoryBackend::File).await;
+    let error = error.unwrap_err();
     assert!(matches!(error, HypervisorError::Timeout { .. }), "{error}");
     assert!(!Path::new(&process).exists());
     assert!(!place.path("clone").exists());
+    tokio::time::resume();
+
+    let place = Place::faulty(Fault::Hang, "PUT /snapshot/create");
+    let (spec, _console) = place.spec();
+    let vm = place.firecracker().launch(spec).await.unwrap();
+    vm.pause().await.unwrap();
+    tokio::time::pause();
+    let error = vm
+        .save(&memory_file(), SavedMemory::Full)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, HypervisorError::Timeout { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_save_that_fails_is_told() {
+    for (fault, expected) in [
+        (
+            Fault::Refuse,
+            "the device state cannot be saved: Firecracker says: The kernel file is 'odd'.",
+        ),
+        (Fault::Die, "Firecracker has closed its control channel"),
+    ] {
+        let place = Place::faulty(fault, "PUT /snapshot/create");
+        let (spec, _console) = place.spec();
+        let vm = place.firecracker().launch(spec).await.unwrap();
+        vm.pause().await.unwrap();
+        let error = vm
+            .save(&memory_file(), SavedMemory::Full)
+            .await
+            .unwrap_err();
+        assert!(error.to_string().starts_with(expected), "{error}");
+    }
 }

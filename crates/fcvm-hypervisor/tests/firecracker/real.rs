@@ -4,15 +4,13 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use fcvm_hypervisor::firecracker::{
-    Firecracker, FirecrackerVm, MemoryBackend, SavedMemory, SnapshotFiles,
-};
+use fcvm_hypervisor::firecracker::{Firecracker, FirecrackerVm, SavedMemory};
 use fcvm_hypervisor::{
-    Accelerator, BootSpec, ExitCause, GuestMemory, HardwareSpec, HypervisorError, Launch,
-    LaunchSpec, Pause,
+    Accelerator, BootSpec, DeviceState, ExitCause, GuestMemory, HardwareSpec, HypervisorError,
+    Launch, LaunchSpec, MemoryBackend, Pause, RestoreState,
 };
 use fcvm_types::ByteSize;
 
@@ -89,13 +87,29 @@ async fn launch(
 
 async fn clone(
     firecracker: &Firecracker,
-    files: &SnapshotFiles,
+    state: &DeviceState,
+    memory: &File,
 ) -> Result<(FirecrackerVm, File), HypervisorError> {
-    let memory = File::open(&files.memory).unwrap();
+    let memory = memory.try_clone().unwrap();
     let (hardware, console) = hardware(GuestMemory::copy_on_write(memory.into()).unwrap());
     let standby = firecracker.prepare(hardware).await?;
-    let backend = MemoryBackend::File(files.memory.clone());
-    Ok((standby.load(&files.state, &backend).await?, console))
+    Ok((standby.load(state, &MemoryBackend::File).await?, console))
+}
+
+fn memory_file() -> File {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = File::from(rustix::fs::memfd_create("fcvm-guest-memory", flags).unwrap());
+    file.set_len(MEMORY.bytes()).unwrap();
+    file
+}
+
+fn is_same(one: &File, other: &File) -> bool {
+    let content = |file: &File| {
+        let mut bytes = vec![0; usize::try_from(MEMORY.bytes()).unwrap()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    content(one) == content(other)
 }
 
 #[tokio::test]
@@ -110,35 +124,41 @@ async fn a_real_vm_is_saved_and_cloned() {
     let console = runs(console).await;
     vm.pause().await.unwrap();
     assert!(!vm.is_running().await.unwrap());
-    let files = SnapshotFiles {
-        state: path("state"),
-        memory: path("memory"),
-    };
-    vm.save(&files, SavedMemory::Full).await.unwrap();
-    assert_eq!(fs::metadata(&files.memory).unwrap().len(), MEMORY.bytes());
+    // What it has in memory, over zeros, is all that it has.
+    let (memory, all) = (memory_file(), memory_file());
+    vm.save(&memory, SavedMemory::Difference).await.unwrap();
+    let state = vm.save(&all, SavedMemory::Full).await.unwrap();
+    assert!(is_same(&memory, &all));
+    println!(
+        "a memory of {} KiB",
+        memory.metadata().unwrap().blocks() / 2
+    );
     vm.resume().await.unwrap();
     runs(console).await;
 
     let Some(first) = firecracker(&path("clone")) else {
         return;
     };
-    let (clone_vm, console) = clone(&first, &files).await.unwrap();
+    let (clone_vm, console) = clone(&first, &state, &memory).await.unwrap();
     assert!(!clone_vm.is_running().await.unwrap());
     clone_vm.resume().await.unwrap();
     let console = runs(console).await;
-    // Only what is in memory is written: with the file in the page cache that can be all.
+    // What it has written since, over what it began with, is all that it has.
     clone_vm.pause().await.unwrap();
-    let difference = SnapshotFiles {
-        state: path("state2"),
-        memory: path("memory2"),
-    };
+    let (over, all, written) = (memory_file(), memory_file(), memory_file());
+    std::io::copy(&mut &memory, &mut &over).unwrap();
+    clone_vm.save(&over, SavedMemory::Difference).await.unwrap();
+    clone_vm.save(&all, SavedMemory::Full).await.unwrap();
+    assert!(is_same(&over, &all));
     clone_vm
-        .save(&difference, SavedMemory::Difference)
+        .save(&written, SavedMemory::Difference)
         .await
         .unwrap();
-    let written = fs::metadata(&difference.memory).unwrap();
-    assert_eq!(written.len(), MEMORY.bytes());
-    println!("a difference of {} KiB", written.blocks() / 2);
+    println!(
+        "a difference of {} KiB",
+        written.metadata().unwrap().blocks() / 2
+    );
+    assert!(written.metadata().unwrap().blocks() < all.metadata().unwrap().blocks());
     clone_vm.resume().await.unwrap();
     drop(runs(console).await);
     clone_vm.kill();
@@ -157,16 +177,12 @@ async fn a_real_one_tells_what_is_wrong_with_a_snapshot_and_a_kernel() {
     let error = launch(&firecracker, kernel).await.map(drop).unwrap_err();
     println!("{error}");
     assert!(matches!(error, HypervisorError::Refused { .. }), "{error}");
-    let files = SnapshotFiles {
-        state: path("state"),
-        memory: path("memory"),
-    };
-    fs::write(&files.state, "no state").unwrap();
-    File::create(&files.memory)
-        .unwrap()
-        .set_len(MEMORY.bytes())
-        .unwrap();
-    let error = clone(&firecracker, &files).await.map(drop).unwrap_err();
+    let state = DeviceState::from_bytes(b"no state".to_vec()).unwrap();
+    let memory = memory_file();
+    let error = clone(&firecracker, &state, &memory)
+        .await
+        .map(drop)
+        .unwrap_err();
     println!("{error}");
     assert!(
         matches!(error, HypervisorError::State { what: "loaded", .. }),

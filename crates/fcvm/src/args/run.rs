@@ -224,7 +224,7 @@ pub(crate) enum HypervisorChoice {
     Auto,
     /// QEMU microvm
     Qemu,
-    /// Firecracker: with KVM; no network, forks or snapshots yet
+    /// Firecracker: with KVM; no network yet
     Firecracker,
 }
 

@@ -1,6 +1,6 @@
 //! `fcvm snapshot`.
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use fcvm_types::{PortMapping, SnapshotTag, VmName};
 
 use super::{Format, parse_vm_name};
@@ -116,9 +116,23 @@ pub(crate) struct RunArguments {
     /// Remove the clones when their containers have ended
     #[arg(long)]
     pub(crate) rm: bool,
+    /// Where the clones get their memory
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "pid")]
+    pub(crate) memory: MemoryChoice,
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: Format,
+}
+
+/// `--memory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MemoryChoice {
+    /// From a file, or from a memory server that runs for the snapshot
+    Auto,
+    /// A file, whose pages the clones share until they write to them
+    File,
+    /// A memory server (userfaultfd), which brings ahead what earlier clones needed; one is started where none runs
+    Uffd,
 }
 
 /// `fcvm snapshot serve`.

@@ -36,6 +36,7 @@ fn vm(store: &StateStore, record: &VmRecord) -> Value {
         "remove_on_exit": record.remove_on_exit,
         "stop_signal": record.stop_signal,
         "start_cache": record.start_cache,
+        "memory_origin": record.memory_origin,
         "start_timings": timings,
         "resources": record.resources,
         "log_path": paths.container_log(),

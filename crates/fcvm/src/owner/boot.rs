@@ -67,6 +67,7 @@ pub(super) async fn build(
         sockets,
         console,
         serving: None,
+        pages: None,
     })
 }
 
@@ -79,11 +80,11 @@ async fn first_word(
 ) -> anyhow::Result<AgentLink> {
     let failure = |what: &str| machine::boot_failure(what, console_log);
     let establish = async {
-        let socket = channel
+        let (socket, listener) = channel
             .connected()
             .await
             .context("the agent's channel fails")?;
-        AgentLink::establish(socket).await
+        AgentLink::establish(socket, listener).await
     };
     let established = tokio::time::timeout(limit, establish);
     let ended = tokio::select! {

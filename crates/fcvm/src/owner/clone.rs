@@ -4,25 +4,25 @@
 //! [`prepare`], [`Waiting::load`] and [`Loaded::awake`] follow each other. A clone that is made ready
 //! ahead (`standby.rs`) stops between two of them until somebody wants it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::qemu::QemuVm;
-use fcvm_hypervisor::{Pause, Vm};
+use fcvm_hypervisor::{AgentChannel, DeviceState, MemoryBackend, Pause, Standby, Vm};
 use fcvm_memory::{GuestMapping, PageFile};
 use fcvm_storage::FrozenDisk;
 use fcvm_types::guest::{ClonePlan, ExitStatus};
 use fcvm_types::record::{Lineage, VmState};
 use fcvm_wire::{Mark, Outcome, Request};
-use tokio::net::UnixStream;
+use tokio::net::UnixListener;
 
-use super::link::{AgentLink, AgentStream};
+use super::link::{Adopting, AgentLink, AgentStream};
 use super::machine::{self, Foundation, Prepared};
+use super::pages::PageService;
 use super::spec::VmSpec;
 use super::vm::RunningVm;
-use super::{Built, Entry, Sockets, Stopwatch, boot};
+use super::{Built, Entry, Sockets, Stopwatch, boot, parking};
 use crate::client::finished;
 use crate::context::Context;
 use crate::handover::Handover;
@@ -53,16 +53,27 @@ struct Common {
 /// A clone whose process waits for the state.
 pub(super) struct Waiting {
     common: Common,
-    standby: fcvm_hypervisor::qemu::QemuStandby,
+    standby: Standby,
     disk: Option<FrozenDisk>,
+    /// Where the memory comes from, if not from a file.
+    memory_server: Option<PathBuf>,
+}
+
+/// How a clone's agent comes to its plan.
+enum Connecting {
+    /// It is on its way.
+    Sent(Adopting),
+    /// It is sent when the agent has connected.
+    Awaited(UnixListener, ClonePlan),
 }
 
 /// A clone that has the state and stands still.
 pub(super) struct Loaded {
     common: Common,
-    machine: QemuVm,
-    agent: UnixStream,
+    machine: Vm,
+    agent: AgentChannel,
     mark: Mark,
+    pages: Option<PageService>,
 }
 
 /// Makes a clone and takes its container over.
@@ -92,6 +103,7 @@ pub(super) async fn prepare(
     let Source { channel, lineage } = source;
     let sockets = Sockets::bind(entry)?;
     let (offer, template) = template::take_offer(&channel).await?;
+    entry.update(|record| record.memory_origin = Some(offer.origin))?;
     let disk = template.disk.clone();
     let accelerator = offer.accelerator;
     let prepared =
@@ -102,7 +114,7 @@ pub(super) async fn prepare(
         mut network,
         console,
     } = prepared;
-    if let Some(difference) = standby.vm().device_line().difference(&offer.device_line) {
+    if let Some(difference) = standby.device_line().difference(&offer.device_line) {
         bail!("the source's state does not fit: {difference}");
     }
     network.ready().await?;
@@ -119,6 +131,7 @@ pub(super) async fn prepare(
         },
         standby,
         disk,
+        memory_server: offer.memory_server,
     })
 }
 
@@ -129,29 +142,31 @@ impl Waiting {
             common,
             mut standby,
             disk,
+            memory_server,
         } = self;
         let arrived = template::take_state(&common.channel).await?;
         watch.lap("state");
-        let pid = standby.vm().identity().pid;
+        let pid = standby.identity().pid;
         fill(&common.foundation, disk.as_ref(), &arrived, pid)?;
         watch.lap("memory and disk");
         // Connected before the state is loaded, or what the guest was saying then is lost.
         let agent = standby
             .take_agent()
             .context("the hypervisor gives no channel to the agent")?;
-        let machine = standby.load(&arrived.device).await?;
+        let (machine, pages) = load_state(standby, &arrived.device, memory_server).await?;
         watch.lap("load");
         Ok(Loaded {
             common,
             machine,
             agent,
             mark: arrived.mark,
+            pages,
         })
     }
 
     /// Waits until the process has ended.
     pub(super) async fn ended(&self) -> String {
-        self.standby.vm().wait_exit().await.to_string()
+        self.standby.wait_exit().await.to_string()
     }
 }
 
@@ -168,17 +183,35 @@ impl Loaded {
             machine,
             agent,
             mark,
+            pages,
         } = self;
         let plan = ClonePlan {
             identity: spec.identity(common.network.guest.clone()),
             realtime_ns: super::realtime_ns(),
             entropy: entropy()?,
         };
-        // On its way before the guest runs: the first thing that its agent reads.
-        let adopting = AgentLink::adopt(agent, mark, plan).await?;
-        machine.resume().await?;
+        let adopting = match agent {
+            AgentChannel::Connected(socket) => {
+                // On its way before the guest runs: the first thing that its agent reads.
+                let adopting = AgentLink::adopt(socket, None, mark, plan).await?;
+                machine.resume().await?;
+                Connecting::Sent(adopting)
+            }
+            AgentChannel::Awaited(listener) => {
+                machine.resume().await?;
+                Connecting::Awaited(listener, plan)
+            }
+        };
         watch.lap("resume");
         let adopted = async {
+            let adopting = match adopting {
+                Connecting::Sent(adopting) => adopting,
+                // The container stands still until its agent has taken its plan.
+                Connecting::Awaited(listener, plan) => {
+                    let socket = parking::accept(&listener, mark).await?;
+                    AgentLink::adopt(socket, Some(listener), mark, plan).await?
+                }
+            };
             let (link, stream) = adopting.finish().await?;
             boot::opened(&stream).await?;
             Ok::<_, anyhow::Error>((link, stream))
@@ -194,7 +227,7 @@ impl Loaded {
             console,
         } = common;
         Ok(Built {
-            machine: Vm::Qemu(machine),
+            machine,
             foundation,
             network,
             link,
@@ -202,6 +235,7 @@ impl Loaded {
             sockets,
             console,
             serving: lineage.serve.is_some().then_some(channel),
+            pages,
         })
     }
 
@@ -211,9 +245,34 @@ impl Loaded {
     }
 }
 
+/// Loads the state; where the memory comes from a server, what that brings ahead is waited for.
+async fn load_state(
+    standby: Standby,
+    state: &DeviceState,
+    memory_server: Option<PathBuf>,
+) -> anyhow::Result<(Vm, Option<PageService>)> {
+    let Some(socket) = memory_server else {
+        let machine = standby.load(state, &MemoryBackend::File).await?;
+        return Ok((machine, None));
+    };
+    let mut pages = PageService::connect(&socket, standby.identity().pid)?;
+    let memory = MemoryBackend::Uffd(socket);
+    let loading = standby.load(state, &memory);
+    let machine = tokio::select! {
+        machine = loading => machine?,
+        // The hypervisor would wait for ever.
+        reason = pages.ended() => bail!("the clone cannot have its memory: {reason}"),
+    };
+    pages
+        .brought()
+        .await
+        .context("the clone cannot have its memory")?;
+    Ok((machine, Some(pages)))
+}
+
 async fn in_time(
     spec: &VmSpec,
-    machine: &QemuVm,
+    machine: &Vm,
     console_log: &Path,
     adopted: impl Future<Output = anyhow::Result<(AgentLink, AgentStream)>>,
 ) -> anyhow::Result<(AgentLink, AgentStream)> {

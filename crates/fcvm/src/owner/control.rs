@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::link::AgentStream;
 use super::request::OwnerRequest;
 use super::vm::RunningVm;
-use crate::connection::{FrameReader, Gate, hello, spawn_writer};
+use crate::connection::{FrameReader, Gate, hello, new_session, spawn_writer};
 
 /// Longest path of a Unix socket, `sun_path` of unix(7) less its final zero.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
@@ -97,7 +97,9 @@ impl Client {
         let (read, write) = socket.into_split();
         let mut reader = FrameReader::new(read, Decoder::from_host());
         let outgoing = spawn_writer(Gate::default(), write);
-        outgoing.send(hello(Role::Owner, None)?).await?;
+        outgoing
+            .send(hello(Role::Owner, new_session()?, None))
+            .await?;
         reader.hello(Role::Command).await?;
         let mut client = Self {
             vm,

@@ -14,11 +14,13 @@ use tokio::io::unix::AsyncFd;
 
 use super::control::check_socket_path;
 use super::reserve::Reserve;
-use super::slot::qemu;
 use super::vm::RunningVm;
 use crate::commands::clones::Spare;
 use crate::handover::Handover;
 use crate::template::{Template, all_waiting, send_offer, send_state};
+
+/// Why clones of a running VM map its memory.
+pub(super) const OF_A_FORK: &str = "it is that of a running VM, which is in a file";
 
 const BACKLOG: i32 = 16;
 
@@ -235,11 +237,17 @@ async fn fork(
     mut waiting: Vec<Handover>,
     channels: Vec<Handover>,
 ) -> anyhow::Result<()> {
-    let device_line = qemu(&vm.machine.get())?.device_line().clone();
+    let device_line = vm.machine.get().device_line();
     let offer = |template: &Template| {
         for channel in &channels {
             // One whose owner has ended is found out below.
-            let _ = send_offer(channel, vm.foundation.accelerator, &device_line, template);
+            let _ = send_offer(
+                channel,
+                vm.foundation.accelerator,
+                &device_line,
+                template,
+                OF_A_FORK,
+            );
         }
     };
     let preparation = match reserve {

@@ -13,11 +13,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::qemu::{DeviceState, QemuStandby, QemuVm};
+use fcvm_hypervisor::qemu::{QemuStandby, QemuVm};
 use fcvm_hypervisor::spec::TRANSLATION_CACHE_BOOT;
 use fcvm_hypervisor::{
-    GuestMemory, HypervisorError, HypervisorKind, MemoryMapping, NetworkBackend, NetworkSpec,
-    Pause, SaveState, Vm,
+    DeviceState, GuestMemory, Hypervisor, HypervisorError, HypervisorKind, MemoryMapping,
+    NetworkBackend, NetworkSpec, Pause, SaveState, Vm,
 };
 use fcvm_memory::page_file::{anonymous_file, seal, seal_ahead};
 use fcvm_memory::{CapturedPages, GuestMapping, PageFile};
@@ -26,9 +26,10 @@ use fcvm_storage::{BranchMethod, Disk, DiskStore, DiskUsage, FrozenDisk};
 use fcvm_types::record::{Resource, VmState};
 
 use super::fork::{Estimate, Usage};
-use super::slot::qemu;
 use super::vm::RunningVm;
-use crate::template::Template;
+use crate::template::{Template, TemplateMemory};
+
+mod save;
 
 /// Room that is made for pages which the guest writes between the preparation and the pause.
 const SPARE_PAGE_BYTES: usize = 8 << 20;
@@ -73,6 +74,8 @@ enum MemoryPlan {
     Copy(File),
     /// The VM stays, and the pages that it wrote are copied.
     Difference,
+    /// The VM stays, and its hypervisor writes its memory here.
+    Save(File),
 }
 
 /// How the disk is to be frozen. Either way its files are known before.
@@ -103,6 +106,7 @@ enum Way {
         mapping: GuestMapping,
         pages: CapturedPages,
     },
+    Save(save::Target),
 }
 
 /// Makes room for the pages that the guest has written, and some more.
@@ -121,13 +125,16 @@ impl RunningVm {
     pub(super) fn plan_freeze(&self) -> anyhow::Result<Plan> {
         self.check_running()?;
         let memory = self.foundation.memory.borrow();
+        let size = memory.size().bytes();
         let memory = match memory.mapping() {
+            _ if matches!(self.foundation.hypervisor, Hypervisor::Firecracker(_)) => {
+                MemoryPlan::Save(anonymous_file("fcvm-guest-memory", size)?)
+            }
             MemoryMapping::CopyOnWrite => MemoryPlan::Difference,
             MemoryMapping::Shared
                 if self.network.guest.is_some() && self.network.relay.is_none() =>
             {
                 tracing::info!(target: "vm", "QEMU's own network cannot move to another process: the memory is copied");
-                let size = memory.size().bytes();
                 MemoryPlan::Copy(anonymous_file("fcvm-guest-memory", size)?)
             }
             MemoryMapping::Shared => MemoryPlan::Succession,
@@ -153,7 +160,11 @@ impl RunningVm {
                 successor,
             });
         }
-        let store = crate::disks::another(&**store, &self.foundation.disks)?;
+        let store = crate::disks::another(
+            &**store,
+            &self.foundation.disks,
+            self.foundation.is_raw_only(),
+        )?;
         if let Some(warning) = store.method().warning().filter(|_| !is_overlay) {
             tracing::warn!(target: "vm", "{warning}");
         }
@@ -218,7 +229,7 @@ impl RunningVm {
     /// What clones will be made on: known before the VM is frozen.
     pub(super) fn template(&self, plan: &Plan) -> anyhow::Result<Template> {
         let memory = match &plan.memory {
-            MemoryPlan::Copy(copy) => copy.as_fd().try_clone_to_owned()?,
+            MemoryPlan::Copy(copy) | MemoryPlan::Save(copy) => copy.as_fd().try_clone_to_owned()?,
             MemoryPlan::Succession | MemoryPlan::Difference => {
                 let memory = self.foundation.memory.borrow();
                 // Nobody else will ever write to it, however long the present process takes to end.
@@ -230,6 +241,7 @@ impl RunningVm {
             DiskPlan::Leave { frozen, .. } => frozen.clone(),
             DiskPlan::Copy { expected, .. } => expected.clone(),
         });
+        let memory = TemplateMemory::File(memory);
         Ok(Template { memory, disk })
     }
 
@@ -239,6 +251,7 @@ impl RunningVm {
         let way = match plan.memory {
             MemoryPlan::Succession => self.prepare_successor(plan.disk.as_ref()).await?,
             MemoryPlan::Copy(copy) => Way::Copy(copy),
+            MemoryPlan::Save(file) => Way::Save(self.save_target(file)?),
             MemoryPlan::Difference => {
                 let pid = self.machine.identity().pid;
                 let mapping = GuestMapping::find(pid, &*foundation.memory.borrow())?;
@@ -261,10 +274,10 @@ impl RunningVm {
         Ok(preparation)
     }
 
-    /// Nothing is frozen that does not run, or that its hypervisor cannot freeze.
+    /// Nothing is frozen that does not run.
     pub(super) fn check_running(&self) -> anyhow::Result<()> {
         match self.state() {
-            VmState::Running => qemu(&self.machine.get()).map(drop),
+            VmState::Running => Ok(()),
             VmState::Paused => bail!(self.paused()),
             _ => bail!("the VM is not running"),
         }
@@ -295,9 +308,13 @@ impl RunningVm {
             };
             foundation.hardware(memory, network, scratch, TRANSLATION_CACHE_BOOT)?
         };
-        let successor = foundation
-            .qemu()?
-            .prepare_successor(qemu(&self.machine.get())?, hardware)
+        let present = self.machine.get();
+        let (Hypervisor::Qemu(qemu), Vm::Qemu(machine)) = (&foundation.hypervisor, &*present)
+        else {
+            bail!("only QEMU has successors");
+        };
+        let successor = qemu
+            .prepare_successor(machine, hardware)
             .await
             .inspect_err(|_| self.disconnect(connection))?;
         Ok(Way::Succession {
@@ -318,7 +335,11 @@ impl RunningVm {
         if self.pausing.replace(true) {
             bail!("the VM is being paused by another command");
         }
-        let frozen = self.freeze_running(preparation).await;
+        let present = self.machine.get();
+        let frozen = match &*present {
+            Vm::Qemu(machine) => self.freeze_running(&present, machine, preparation).await,
+            Vm::Firecracker(machine) => self.save(machine, preparation).await,
+        };
         self.pausing.set(false);
         frozen
     }
@@ -334,9 +355,12 @@ impl RunningVm {
         }
     }
 
-    async fn freeze_running(&self, preparation: Preparation) -> anyhow::Result<Frozen> {
-        let present = self.machine.get();
-        let machine = qemu(&present)?;
+    async fn freeze_running(
+        &self,
+        present: &Vm,
+        machine: &QemuVm,
+        preparation: Preparation,
+    ) -> anyhow::Result<Frozen> {
         let mut watch = super::Stopwatch::new(Vec::new());
         // Neither side of the agent's channel moves while the guest's side is being saved.
         let held = self.link.hold();
@@ -358,7 +382,7 @@ impl RunningVm {
             Err(error) => Err(error),
         };
         if frozen.is_err() {
-            self.go_on(&present).await;
+            self.go_on(present).await;
         }
         drop(held);
         frozen
@@ -412,6 +436,7 @@ impl RunningVm {
                 }
                 (present, None)
             }
+            Way::Save(_) => bail!("QEMU's memory is not written by itself"),
             Way::Copy(copy) => {
                 fcvm_storage::clone_file(&File::from(present), &copy)
                     .context("cannot copy the VM's memory")?;

@@ -13,10 +13,11 @@ use fcvm_types::guest::ClonePlan;
 use fcvm_wire::frame::{Frame, MAX_DATA_BYTES};
 use fcvm_wire::{Decoder, FrameKind, INITIAL_WINDOW_BYTES, Mark, Outcome, Request, Role, StreamId};
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, mpsc};
 
-use crate::connection::{FrameReader, Gate, Held, hello, spawn_writer};
+use super::parking::{Parking, Successors};
+use crate::connection::{FrameReader, Gate, Held, hello, new_session, spawn_parking_writer};
 
 /// Streams that may be open at once.
 const MAX_STREAMS: usize = 512;
@@ -29,14 +30,17 @@ const ADOPTION_STREAM: StreamId = 1;
 
 /// The connection to the agent. Clones share it.
 #[derive(Clone)]
-pub(crate) struct AgentLink(Rc<Inner>);
+pub(crate) struct AgentLink(pub(super) Rc<Inner>);
 
-struct Inner {
-    outgoing: mpsc::Sender<Frame>,
-    gate: Gate,
+pub(super) struct Inner {
+    pub(super) outgoing: mpsc::Sender<Frame>,
+    pub(super) gate: Gate,
     /// A second descriptor of the socket.
-    socket: OwnedFd,
-    mark: Mark,
+    pub(super) socket: RefCell<OwnedFd>,
+    pub(super) mark: Mark,
+    /// By which the agent knows this owner again.
+    pub(super) session: u64,
+    pub(super) parking: Parking,
     streams: RefCell<HashMap<StreamId, Rc<Queue>>>,
     last_stream: Cell<StreamId>,
     /// Why the connection ended, once it has.
@@ -48,18 +52,26 @@ struct Parts {
     outgoing: mpsc::Sender<Frame>,
     gate: Gate,
     socket: OwnedFd,
+    parking: Parking,
+    successors: Successors,
 }
 
 impl Parts {
-    fn new(socket: UnixStream) -> anyhow::Result<(FrameReader, Self)> {
+    fn new(
+        socket: UnixStream,
+        listener: Option<UnixListener>,
+    ) -> anyhow::Result<(FrameReader, Self)> {
         let gate = Gate::default();
+        let (parking, writers, successors) = Parking::new(listener);
         let copy = socket.as_fd().try_clone_to_owned()?;
         let (read, write) = socket.into_split();
         let reader = FrameReader::behind(gate.clone(), read, Decoder::from_guest());
         let parts = Self {
-            outgoing: spawn_writer(gate.clone(), write),
+            outgoing: spawn_parking_writer(gate.clone(), write, writers),
             gate,
             socket: copy,
+            parking,
+            successors,
         };
         Ok((reader, parts))
     }
@@ -113,51 +125,71 @@ impl Queue {
 }
 
 impl AgentLink {
-    /// Waits for the agent's hello and starts the reader and the writer.
-    pub(crate) async fn establish(socket: UnixStream) -> anyhow::Result<Self> {
-        let (mut reader, parts) = Parts::new(socket)?;
+    /// Waits for the agent's hello and starts the reader and the writer. Where the agent connects, it does so
+    /// again at the listener after it was parked.
+    pub(crate) async fn establish(
+        socket: UnixStream,
+        listener: Option<UnixListener>,
+    ) -> anyhow::Result<Self> {
+        let (mut reader, parts) = Parts::new(socket, listener)?;
         reader.hello(Role::Agent).await?;
         let mark = Mark::from_random(crate::state::random()?);
+        let session = new_session()?;
         parts
             .outgoing
-            .send(hello(Role::Owner, Some(mark))?)
+            .send(hello(Role::Owner, session, Some(mark)))
             .await
             .context("the agent's channel closed")?;
-        Ok(Self::start(reader, parts, mark))
+        Ok(Self::start(reader, parts, mark, session))
     }
 
-    /// Begins anew with the agent of a clone, which knows `old` as the mark, and adopts its container.
-    /// The bytes are on their way when this returns, and the agent reads them as soon as the clone
-    /// runs; [`Adopting::finish`] waits for the answer.
+    /// Begins anew with the agent of a clone, and adopts its container. The bytes are on their way when this
+    /// returns; [`Adopting::finish`] waits for the answer.
+    ///
+    /// On a port the agent is in the middle of its old connection and knows `old` as the mark: it reads this as
+    /// soon as the clone runs. An agent that has connected to a listener has shown the mark already.
     pub(crate) async fn adopt(
         mut socket: UnixStream,
+        listener: Option<UnixListener>,
         old: Mark,
         plan: ClonePlan,
     ) -> anyhow::Result<Adopting> {
         let mark = Mark::from_random(crate::state::random()?);
+        let session = new_session()?;
         let plan = Box::new(plan);
-        let mut bytes = old.as_bytes().to_vec();
-        hello(Role::Owner, Some(mark))?.encode(&mut bytes);
+        let mut bytes = match listener {
+            Some(_) => Vec::new(),
+            None => old.as_bytes().to_vec(),
+        };
+        hello(Role::Owner, session, Some(mark)).encode(&mut bytes);
         Frame::message(FrameKind::Open, ADOPTION_STREAM, &Request::Adopt { plan })
             .encode(&mut bytes);
         socket
             .write_all(&bytes)
             .await
             .context("the agent's channel closed")?;
-        Ok(Adopting { socket, old, mark })
+        Ok(Adopting {
+            socket,
+            listener,
+            old,
+            mark,
+            session,
+        })
     }
 
-    fn start(reader: FrameReader, parts: Parts, mark: Mark) -> Self {
+    fn start(reader: FrameReader, parts: Parts, mark: Mark, session: u64) -> Self {
         let link = Self(Rc::new(Inner {
             outgoing: parts.outgoing,
             gate: parts.gate,
-            socket: parts.socket,
+            socket: parts.socket.into(),
             mark,
+            session,
+            parking: parts.parking,
             streams: RefCell::default(),
             last_stream: Cell::new(0),
             ended: RefCell::default(),
         }));
-        tokio::task::spawn_local(link.clone().read(reader));
+        tokio::task::spawn_local(link.clone().read(reader, parts.successors));
         link
     }
 
@@ -176,16 +208,26 @@ impl AgentLink {
     pub(crate) fn give_back(&self, mut bytes: &[u8]) -> anyhow::Result<()> {
         while !bytes.is_empty() {
             // They were in the socket's buffer before, so there is room for them.
-            let written = rustix::io::write(&self.0.socket, bytes)
+            let written = rustix::io::write(&*self.0.socket.borrow(), bytes)
                 .context("the agent's channel does not take back what it held")?;
             bytes = &bytes[written..];
         }
         Ok(())
     }
 
-    async fn read(self, mut reader: FrameReader) {
+    async fn read(self, mut reader: FrameReader, mut successors: Successors) {
         let reason = loop {
             match reader.next().await {
+                Ok(Some(frame)) if frame.kind == FrameKind::Park => {
+                    if !self.0.parking.answer() {
+                        break "the agent broke the protocol: it parked unasked".to_owned();
+                    }
+                    // Gone with the link.
+                    let Some(next) = successors.recv().await else {
+                        return;
+                    };
+                    reader = next;
+                }
                 Ok(Some(frame)) => {
                     if let Err(error) = self.deliver(frame) {
                         break error.to_string();
@@ -197,6 +239,7 @@ impl AgentLink {
         };
         tracing::debug!(target: "agent", "{reason}");
         *self.0.ended.borrow_mut() = Some(reason);
+        self.0.parking.abandon();
         for queue in self.0.streams.borrow().values() {
             queue.arrived.notify_one();
         }
@@ -273,7 +316,7 @@ impl AgentLink {
         }
     }
 
-    fn check(&self) -> anyhow::Result<()> {
+    pub(super) fn check(&self) -> anyhow::Result<()> {
         match &*self.0.ended.borrow() {
             Some(reason) => bail!("{reason}"),
             None => Ok(()),
@@ -284,18 +327,23 @@ impl AgentLink {
 /// A clone whose agent has been sent its plan.
 pub(crate) struct Adopting {
     socket: UnixStream,
+    listener: Option<UnixListener>,
     old: Mark,
     mark: Mark,
+    session: u64,
 }
 
 impl Adopting {
     /// Waits for the agent's answer; gives the link and the container's stream.
     pub(crate) async fn finish(self) -> anyhow::Result<(AgentLink, AgentStream)> {
-        let (mut reader, parts) = Parts::new(self.socket)?;
-        reader.skip_to(self.old.answer()).await?;
+        let is_port = self.listener.is_none();
+        let (mut reader, parts) = Parts::new(self.socket, self.listener)?;
+        if is_port {
+            reader.skip_to(self.old.answer()).await?;
+        }
         reader.hello(Role::Agent).await?;
         let queue = Rc::<Queue>::default();
-        let link = AgentLink::start(reader, parts, self.mark);
+        let link = AgentLink::start(reader, parts, self.mark, self.session);
         // No frame is read before the task that was just started runs.
         let inner = &link.0;
         inner.last_stream.set(ADOPTION_STREAM);

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::firecracker::{Firecracker, release};
-use fcvm_hypervisor::qemu::{Qemu, QemuStandby};
+use fcvm_hypervisor::qemu::Qemu;
 use fcvm_hypervisor::spec::{TRANSLATION_CACHE_BOOT, TRANSLATION_CACHE_CLONE};
 use fcvm_hypervisor::{
     Accelerator, BootSpec, DiskFormat, DiskLayer, DiskSpec, GuestMemory, HardwareSpec, Hypervisor,
-    HypervisorKind, Launch, LaunchSpec, NetworkBackend, NetworkSpec, RestoreState, Vm,
+    HypervisorKind, Launch, LaunchSpec, NetworkBackend, NetworkSpec, RestoreState, Standby, Vm,
 };
+use fcvm_memory::page_file::anonymous_file;
 use fcvm_network::{Attachment, Backend, HostResolver, HostRoutes, NetworkOptions};
 use fcvm_storage::{Disk, DiskStore, Layer, LayerFormat, ScratchStore};
 use fcvm_types::ByteSize;
@@ -21,13 +22,12 @@ use fcvm_types::record::{ProcessIdentity, Resource};
 use rustix::pipe::PipeFlags;
 
 use super::log::{console_tail, spawn_console};
-use super::slot::NO_FORK;
 use super::spec::VmSpec;
 use super::{Entry, Stopwatch};
 use crate::args::run::{AcceleratorChoice, NetworkMode};
 use crate::context::Context;
 use crate::disks::Disks;
-use crate::template::Template;
+use crate::template::{Template, TemplateMemory};
 
 /// Name of the directory of the hypervisor's own sockets, below the VM's.
 const HYPERVISOR_DIRECTORY: &str = "vm";
@@ -52,6 +52,8 @@ pub(super) struct Foundation {
     pub(super) accelerator: Accelerator,
     /// The guest's memory as the present machine has it mapped.
     pub(super) memory: RefCell<GuestMemory>,
+    /// What is known of its content without a look at it.
+    pub(super) baseline: RefCell<Baseline>,
     pub(super) root: File,
     /// The VM's own disk; a read-only container has none.
     pub(super) scratch: RefCell<Option<Disk>>,
@@ -62,13 +64,20 @@ pub(super) struct Foundation {
     console: OwnedFd,
 }
 
+/// What is known of a guest's memory that only its hypervisor has mapped.
+pub(super) enum Baseline {
+    /// What the host has not in memory for it is zero: it booted.
+    Zero,
+    /// The file holds all but what was written since.
+    Known(File),
+    /// Nothing.
+    Unknown,
+}
+
 impl Foundation {
-    /// QEMU, for what the other hypervisor does not have yet.
-    pub(super) fn qemu(&self) -> anyhow::Result<&Qemu> {
-        match &self.hypervisor {
-            Hypervisor::Qemu(qemu) => Ok(qemu),
-            Hypervisor::Firecracker(_) => bail!(NO_FORK),
-        }
+    /// Whether disks have to be files of raw bytes.
+    pub(super) fn is_raw_only(&self) -> bool {
+        matches!(self.hypervisor, Hypervisor::Firecracker(_))
     }
 
     /// The hardware, with this memory, this network and this disk.
@@ -132,16 +141,13 @@ pub(super) async fn assemble(
     entry: &mut Entry,
     watch: &mut Stopwatch,
 ) -> anyhow::Result<Assembled> {
-    let accelerator = match spec.hypervisor {
-        HypervisorKind::Qemu => accelerator(context, spec.accelerator)?,
-        HypervisorKind::Firecracker => firecracker_accelerator(context, spec.accelerator)?,
-    };
+    let accelerator = accelerator(context, spec)?;
     watch.lap("accelerator");
     let root = open_root(spec)?;
     let Disks {
         directory: disks,
         store,
-    } = crate::disks::find(context)?;
+    } = crate::disks::find(context, is_raw_only(spec))?;
     let scratch = match spec.read_only {
         true => None,
         false => Some(scratch(
@@ -157,18 +163,14 @@ pub(super) async fn assemble(
     let memory = GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
         .context("cannot make the guest's memory")?;
     let foundation = Foundation {
-        hypervisor: match spec.hypervisor {
-            HypervisorKind::Qemu => Hypervisor::Qemu(qemu(context)?),
-            HypervisorKind::Firecracker => {
-                Hypervisor::Firecracker(firecracker(context, &entry.paths.runtime)?)
-            }
-        },
+        hypervisor: hypervisor(context, spec, entry)?,
         cpu_count: spec.cpu_count,
         accelerator,
         memory: memory
             .try_clone()
             .context("cannot keep the guest's memory")?
             .into(),
+        baseline: Baseline::Zero.into(),
         root,
         scratch: None.into(),
         store,
@@ -199,7 +201,7 @@ pub(super) async fn assemble(
 
 /// A machine that waits for the state of another.
 pub(super) struct Prepared {
-    pub(super) standby: QemuStandby,
+    pub(super) standby: Standby,
     pub(super) foundation: Foundation,
     pub(super) network: Attachment,
     pub(super) console: tokio::task::JoinHandle<()>,
@@ -218,7 +220,7 @@ pub(super) async fn prepare_clone(
     let Disks {
         directory: disks,
         store,
-    } = crate::disks::find(context)?;
+    } = crate::disks::find(context, is_raw_only(spec))?;
     let scratch = match &template.disk {
         Some(expected) => Some(store.branch_ahead(expected)?),
         None => None,
@@ -227,15 +229,16 @@ pub(super) async fn prepare_clone(
     let (network, interface) = connect(context, spec, entry, accelerator)?;
     watch.lap("network");
     let (console, console_write) = console(entry)?;
-    let memory = GuestMemory::copy_on_write(template.memory).context("cannot use the memory")?;
+    let (memory, baseline) = clone_memory(template.memory, spec.memory_bytes)?;
     let foundation = Foundation {
-        hypervisor: Hypervisor::Qemu(qemu(context)?),
+        hypervisor: hypervisor(context, spec, entry)?,
         cpu_count: spec.cpu_count,
         accelerator,
         memory: memory
             .try_clone()
             .context("cannot keep the guest's memory")?
             .into(),
+        baseline: baseline.into(),
         root,
         scratch: None.into(),
         store,
@@ -244,10 +247,9 @@ pub(super) async fn prepare_clone(
     };
     let cache = TRANSLATION_CACHE_CLONE;
     let hardware = foundation.hardware(memory, interface, scratch.as_ref(), cache)?;
-    let standby = foundation.qemu()?.prepare(hardware).await?;
+    let standby = foundation.hypervisor.prepare(hardware).await?;
     *foundation.scratch.borrow_mut() = scratch;
-    let identity = standby.vm().identity();
-    enter_process(entry, identity, HypervisorKind::Qemu.name())?;
+    enter_process(entry, standby.identity(), spec.hypervisor.name())?;
     watch.lap("hypervisor");
     Ok(Prepared {
         standby,
@@ -255,6 +257,39 @@ pub(super) async fn prepare_clone(
         network,
         console,
     })
+}
+
+/// A clone's memory, and what is known of it.
+fn clone_memory(
+    memory: TemplateMemory,
+    memory_bytes: u64,
+) -> anyhow::Result<(GuestMemory, Baseline)> {
+    let (file, baseline) = match memory {
+        TemplateMemory::File(file) => {
+            let base = File::from(file.try_clone()?);
+            (file, Baseline::Known(base))
+        }
+        // It comes with the state: this says how much it is.
+        TemplateMemory::Served(_) => {
+            let file = anonymous_file("fcvm-guest-memory", memory_bytes)?;
+            (file.into(), Baseline::Unknown)
+        }
+    };
+    let memory = GuestMemory::copy_on_write(file).context("cannot use the memory")?;
+    Ok((memory, baseline))
+}
+
+fn hypervisor(context: &Context, spec: &VmSpec, entry: &Entry) -> anyhow::Result<Hypervisor> {
+    Ok(match spec.hypervisor {
+        HypervisorKind::Qemu => Hypervisor::Qemu(qemu(context)?),
+        HypervisorKind::Firecracker => {
+            Hypervisor::Firecracker(firecracker(context, &entry.paths.runtime)?)
+        }
+    })
+}
+
+fn is_raw_only(spec: &VmSpec) -> bool {
+    spec.hypervisor == HypervisorKind::Firecracker
 }
 
 fn enter_process(entry: &mut Entry, identity: ProcessIdentity, role: &str) -> anyhow::Result<()> {
@@ -380,10 +415,14 @@ fn firecracker_accelerator(
 }
 
 /// The accelerator to use.
-pub(crate) fn accelerator(
-    context: &Context,
-    choice: AcceleratorChoice,
-) -> anyhow::Result<Accelerator> {
+pub(crate) fn accelerator(context: &Context, spec: &VmSpec) -> anyhow::Result<Accelerator> {
+    match spec.hypervisor {
+        HypervisorKind::Qemu => qemu_accelerator(context, spec.accelerator),
+        HypervisorKind::Firecracker => firecracker_accelerator(context, spec.accelerator),
+    }
+}
+
+fn qemu_accelerator(context: &Context, choice: AcceleratorChoice) -> anyhow::Result<Accelerator> {
     let probe = crate::commands::setup::probe(context);
     let tcg = Accelerator::Tcg {
         tsc_khz: probe.tsc_khz,

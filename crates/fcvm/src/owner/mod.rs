@@ -12,6 +12,8 @@ mod health;
 pub(crate) mod link;
 pub(crate) mod log;
 mod machine;
+mod pages;
+mod parking;
 mod request;
 mod reserve;
 mod slot;
@@ -324,6 +326,7 @@ fn started(
         sockets,
         console,
         serving,
+        pages,
     } = built;
     let (stop, stop_requests) = tokio::sync::mpsc::unbounded_channel();
     let vm = Rc::new(RunningVm {
@@ -340,7 +343,11 @@ fn started(
         freezing: tokio::sync::Mutex::new(()),
         reserves: reserve::Reserves::new(context, spec),
         out_of_space: false.into(),
+        lost: None.into(),
     });
+    if let Some(pages) = pages {
+        tokio::task::spawn_local(pages::end_with(pages, Rc::clone(&vm)).in_current_span());
+    }
     if let Some(serving) = serving {
         tokio::task::spawn_local(clone::end_with(serving, Rc::clone(&vm)).in_current_span());
     }
@@ -384,6 +391,8 @@ struct Built {
     console: tokio::task::JoinHandle<()>,
     /// The process that serves the snapshot of a clone, which ends with it.
     serving: Option<Handover>,
+    /// Who brings its memory.
+    pages: Option<pages::PageService>,
 }
 
 /// Where other processes ask this owner.
@@ -543,6 +552,7 @@ fn first_record(spec: &VmSpec, owner: ProcessIdentity) -> VmRecord {
         health: None,
         lineage: None,
         start_cache: None,
+        memory_origin: None,
         timings_us: Vec::new(),
         resources: Vec::new(),
     }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use fcvm_types::record::Lineage;
 
+use super::fork::OF_A_FORK;
 use super::freeze::Preparation;
-use super::slot::qemu;
 use super::spec::VmSpec;
 use super::vm::RunningVm;
 use crate::commands::clones::{Family, Spare};
@@ -104,7 +104,7 @@ impl RunningVm {
         };
         let plan = self.plan_freeze()?;
         let template = self.template(&plan)?;
-        let device_line = qemu(&self.machine.get())?.device_line().clone();
+        let device_line = self.machine.get().device_line();
         let mut clones = Vec::new();
         for _ in 0..*count {
             let spare = Spare::start(context, &family)?;
@@ -113,6 +113,7 @@ impl RunningVm {
                 self.foundation.accelerator,
                 &device_line,
                 &template,
+                OF_A_FORK,
             )?;
             clones.push(spare);
         }

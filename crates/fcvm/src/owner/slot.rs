@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use anyhow::bail;
 use fcvm_hypervisor::qemu::QemuVm;
 use fcvm_hypervisor::{Pause, Vm, VmEvent, VmExit};
 use fcvm_types::record::ProcessIdentity;
@@ -64,14 +63,3 @@ impl MachineSlot {
         self.get().resume().await
     }
 }
-
-/// QEMU's part of a machine, for what the other hypervisor does not have yet.
-pub(super) fn qemu(machine: &Vm) -> anyhow::Result<&QemuVm> {
-    match machine {
-        Vm::Qemu(vm) => Ok(vm),
-        Vm::Firecracker(_) => bail!(NO_FORK),
-    }
-}
-
-/// Why a VM cannot be forked.
-pub(super) const NO_FORK: &str = "forks and snapshots of VMs under Firecracker are not in this version yet: 'run --hypervisor qemu' has them";

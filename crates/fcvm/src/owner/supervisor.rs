@@ -96,7 +96,7 @@ impl<'a> Supervisor<'a> {
     /// The agent's channel fails when the machine ends: the machine's own reason tells more.
     async fn lost(&self, reason: String) -> Ending {
         let exit = tokio::time::timeout(Duration::from_secs(1), self.vm.machine.wait_exit()).await;
-        Ending::Lost(exit.map_or(reason, |exit| exit.to_string()))
+        Ending::Lost(exit.map_or(reason, |exit| self.vm.reason_of(&exit)))
     }
 
     fn stop_signal(&self) -> i32 {
@@ -136,7 +136,7 @@ impl<'a> Supervisor<'a> {
                 self.stop(signal, grace).await?;
                 Ok(None)
             }
-            exit = self.vm.machine.wait_exit() => Ok(Some(Ending::Lost(exit.to_string()))),
+            exit = self.vm.machine.wait_exit() => Ok(Some(Ending::Lost(self.vm.reason_of(&exit)))),
             next = deadline => self.impatient(next).await,
         }
     }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::VmEvent;
+use fcvm_hypervisor::{VmEvent, VmExit};
 use fcvm_network::ConnectionId;
 use fcvm_types::record::{VmRecord, VmState};
 use fcvm_wire::{Outcome, Request};
@@ -40,12 +40,20 @@ pub(super) struct RunningVm {
     pub(super) changed: tokio::sync::Notify,
     /// The machine stopped because the host had no space for its disk.
     pub(super) out_of_space: Cell<bool>,
+    /// Why the owner has ended the machine, where the machine itself cannot tell.
+    pub(super) lost: RefCell<Option<String>>,
 }
 
 /// How long the guest may take to set its clock; it cannot where the machine stopped again at once.
 const CLOCK_LIMIT: Duration = Duration::from_secs(5);
 
 impl RunningVm {
+    /// Why the VM was lost, with its machine's end.
+    pub(super) fn reason_of(&self, exit: &VmExit) -> String {
+        let known = self.lost.borrow().clone();
+        known.unwrap_or_else(|| exit.to_string())
+    }
+
     /// Changes the record and writes it.
     pub(super) fn update(&self, change: impl FnOnce(&mut VmRecord)) {
         let mut record = self.record.borrow_mut();

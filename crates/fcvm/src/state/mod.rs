@@ -366,6 +366,7 @@ pub(crate) mod tests {
             health: None,
             lineage: None,
             start_cache: None,
+            memory_origin: None,
             timings_us: Vec::new(),
             resources: Vec::new(),
         };

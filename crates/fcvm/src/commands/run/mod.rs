@@ -128,15 +128,6 @@ fn refuse_what_firecracker_has_not(arguments: &RunArguments) -> anyhow::Result<(
     if arguments.start.network != NetworkMode::None {
         return refuse("a network", "give --network none, or choose qemu");
     }
-    if arguments.warm {
-        return refuse(
-            "a kept start (--warm, 'fcvm prepare')",
-            "leave it out, or choose qemu",
-        );
-    }
-    if arguments.standby > 0 {
-        return refuse("--standby", "leave it out, or choose qemu");
-    }
     Ok(())
 }
 

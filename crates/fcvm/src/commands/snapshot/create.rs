@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::Accelerator;
-use fcvm_hypervisor::qemu::DeviceState;
+use fcvm_hypervisor::DeviceState;
 use fcvm_memory::PageFile;
 use fcvm_snapshot::{Draft, ManifestFields, Mark, RootImage, Snapshot, SnapshotStore, Stored};
 use fcvm_types::record::{Lineage, SnapshotReference, VmRecord};
@@ -21,7 +21,8 @@ use crate::handover::Handover;
 use crate::owner::fork::{ForkReply, ForkRequest, connect};
 use crate::owner::spec::VmSpec;
 use crate::template::{
-    Offer, StateOfVm, Template, Waiting, send_offer, send_state, take_offer, take_state,
+    Offer, StateOfVm, Template, TemplateMemory, Waiting, send_offer, send_state, take_offer,
+    take_state,
 };
 
 /// Bytes compared at a time.
@@ -127,14 +128,15 @@ pub(crate) fn write(
     parent: Option<&Snapshot>,
 ) -> anyhow::Result<ManifestFields> {
     draft.write_state(kept.state.device.as_bytes())?;
-    let memory = super::serve::file_of(&kept.template.memory)?;
+    let memory = kept.template.memory.file()?;
     let over = match &kept.state.difference {
         Some(file) => Some(PageFile::open(file.try_clone()?)?),
         None => None,
     };
     match (parent, &over) {
         (Some(parent), Some(over)) => draft.write_memory_difference(&memory, over, parent)?,
-        _ => draft.write_memory_whole(&memory, over.as_ref())?,
+        (Some(parent), None) => draft.write_memory_comparison(&memory, parent)?,
+        (None, over) => draft.write_memory_whole(&memory, over.as_ref())?,
     }
     if let Some(disk) = &kept.template.disk {
         draft.write_disk(disk)?;
@@ -188,7 +190,7 @@ async fn verify(
     stored: Stored,
 ) -> anyhow::Result<()> {
     let template = Template {
-        memory: stored.memory.into(),
+        memory: TemplateMemory::File(stored.memory.into()),
         disk: stored.disk,
     };
     let device = DeviceState::from_bytes(stored.device_state)?;
@@ -209,7 +211,14 @@ async fn verify(
     let (owner, channel) = clones::start(context, &family, name)?;
     let channel = Handover::from_fd(channel)?;
     let offer = &kept.offer;
-    send_offer(&channel, offer.accelerator, &offer.device_line, &template)?;
+    let reason = "it is a trial of what was written";
+    send_offer(
+        &channel,
+        offer.accelerator,
+        &offer.device_line,
+        &template,
+        reason,
+    )?;
     let failed = || format!("the snapshot '{tag}' was not made: a clone of it does not start");
     if channel.receive::<Waiting>().await?.is_some() {
         send_state(&channel, &device, None, kept.state.mark)?;
@@ -224,7 +233,7 @@ async fn verify(
 
 /// Compares what is on the disk with the memory that was frozen, byte by byte.
 fn compare(tag: &SnapshotTag, stored: &File, kept: &Kept) -> anyhow::Result<()> {
-    let frozen = super::serve::file_of(&kept.template.memory)?;
+    let frozen = kept.template.memory.file()?;
     let expected = match &kept.state.difference {
         None => frozen,
         Some(difference) => {

@@ -1,6 +1,7 @@
 //! `fcvm snapshot`: the state of VMs, kept.
 
 pub(crate) mod create;
+mod memory;
 mod serve;
 mod serve_memory;
 
@@ -8,11 +9,11 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::qemu::DeviceState;
+use fcvm_hypervisor::{DeviceState, HypervisorKind};
 use fcvm_image::progress::Progress as _;
 use fcvm_memory::PAGE_BYTES;
 use fcvm_snapshot::{MemoryKind, Snapshot, SnapshotError, SnapshotStore};
-use fcvm_types::{ByteSize, SnapshotTag};
+use fcvm_types::{ByteSize, SnapshotTag, VmId, VmName};
 use serde_json::{Value, json};
 
 use super::clones::{self, Family, Starting};
@@ -27,6 +28,7 @@ use crate::output::{age, table, timestamp};
 use crate::owner::spec::VmSpec;
 use crate::progress::Shown;
 use crate::template::Template;
+use memory::{Chosen, StartedServer};
 pub(crate) use serve::remove_dead_sockets;
 use serve::{Loaded, Served, Server};
 
@@ -102,6 +104,7 @@ fn json_row(snapshot: &Snapshot) -> anyhow::Result<Value> {
         "hypervisor": fields.hypervisor,
         "accelerator": fields.accelerator["kind"],
         "qemu_version": fields.device_line["qemu_version"],
+        "firecracker_version": fields.device_line["firecracker_version"],
         "host_cpu": fields.host_cpu,
         "memory_bytes": manifest.memory.memory_bytes,
         "memory_kind": match manifest.memory.kind {
@@ -146,6 +149,17 @@ fn rm(context: &Context, arguments: &RmArguments) -> anyhow::Result<u8> {
 
 /// Reads a snapshot into memory and checks that this host can run it.
 pub(crate) fn load(store: &SnapshotStore, tag: &SnapshotTag) -> anyhow::Result<Loaded> {
+    let reason = "the process that has the snapshot has it in a file";
+    let (loaded, _) = load_with(store, tag, |snapshot, _| memory::file(snapshot, reason))?;
+    Ok(loaded)
+}
+
+/// The same, with the memory that was chosen.
+fn load_with(
+    store: &SnapshotStore,
+    tag: &SnapshotTag,
+    choose: impl FnOnce(&Snapshot, HypervisorKind) -> anyhow::Result<Chosen>,
+) -> anyhow::Result<(Loaded, Option<StartedServer>)> {
     let snapshot = store.open(tag)?;
     let fields = &snapshot.manifest().fields;
     let told = |what: &str| format!("the snapshot '{tag}' has {what} that this fcvm does not know");
@@ -169,12 +183,16 @@ pub(crate) fn load(store: &SnapshotStore, tag: &SnapshotTag) -> anyhow::Result<L
             fields.image
         );
     }
-    let memory = load_memory(&snapshot)?;
+    let Chosen {
+        memory,
+        reason,
+        started,
+    } = choose(&snapshot, spec.hypervisor)?;
     let template = Template {
-        memory: OwnedFd::from(memory),
+        memory,
         disk: snapshot.disk(),
     };
-    Ok(Loaded {
+    let loaded = Loaded {
         tag: tag.clone(),
         id: snapshot.manifest().id.to_string(),
         source: fields.source_id.clone(),
@@ -183,9 +201,11 @@ pub(crate) fn load(store: &SnapshotStore, tag: &SnapshotTag) -> anyhow::Result<L
         accelerator,
         device_line,
         template,
+        reason,
         device: DeviceState::from_bytes(snapshot.device_state()?)?,
         mark: fields.mark.secret().parse()?,
-    })
+    };
+    Ok((loaded, started))
 }
 
 /// Reads the memory, with a bar where it takes long.
@@ -212,7 +232,10 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
     }
     match (&arguments.snapshot, arguments.pid) {
         (Some(tag), _) => {
-            let loaded = load(&context.snapshots(), tag)?;
+            let choose = |snapshot: &Snapshot, hypervisor| {
+                memory::choose(context, arguments.memory, snapshot, hypervisor)
+            };
+            let (loaded, server) = load_with(&context.snapshots(), tag, choose)?;
             let (starting, channels) =
                 start(context, arguments, &loaded.served(None), None).await?;
             let channels = channels
@@ -220,7 +243,11 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
                 .map(Handover::from_fd)
                 .collect::<anyhow::Result<_>>()?;
             loaded.give(channels).await;
-            finish(context, arguments, &loaded.spec, starting).await
+            let clones = clones::all_started(starting).await?;
+            if let Some(server) = server {
+                server.keep();
+            }
+            finish(context, arguments, &loaded.spec, &clones).await
         }
         (None, Some(pid)) => {
             let server = Server::connect(context, pid).await?;
@@ -228,7 +255,8 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
                 start(context, arguments, &server.served, Some(&server)).await?;
             let spec = server.served.spec.clone();
             server.give(channels).await?;
-            finish(context, arguments, &spec, starting).await
+            let clones = clones::all_started(starting).await?;
+            finish(context, arguments, &spec, &clones).await
         }
         (None, None) => {
             bail!("say which snapshot: --snapshot TAG, or --pid of a process that serves one")
@@ -267,16 +295,15 @@ async fn finish(
     context: &Context,
     arguments: &RunArguments,
     spec: &VmSpec,
-    starting: Vec<Starting>,
+    clones: &[(VmId, VmName)],
 ) -> anyhow::Result<u8> {
-    let clones = clones::all_started(starting).await?;
     let wish = Wish {
         exec: arguments.exec.as_deref(),
         format: arguments.format,
     };
     let answered = Answered {
         source: None,
-        clones: &clones,
+        clones,
         spec,
     };
     super::fork::tell(&context.state()?, &wish, &answered).await

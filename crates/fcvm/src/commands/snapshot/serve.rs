@@ -1,15 +1,13 @@
 //! Giving a snapshot's state to clones: by the command that starts them, or by a process that stays.
 
 use std::cell::{Cell, RefCell};
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::Accelerator;
-use fcvm_hypervisor::qemu::{DeviceLine, DeviceState};
+use fcvm_hypervisor::{Accelerator, DeviceLine, DeviceState};
 use fcvm_types::record::{Lineage, ProcessIdentity, SnapshotReference};
 use fcvm_types::{SnapshotTag, VmId, VmName};
 use fcvm_wire::Mark;
@@ -41,6 +39,8 @@ pub(crate) struct Loaded {
     pub(super) accelerator: Accelerator,
     pub(super) device_line: DeviceLine,
     pub(super) template: Template,
+    /// Why its memory comes from there.
+    pub(super) reason: String,
     pub(super) device: DeviceState,
     pub(super) mark: Mark,
 }
@@ -74,7 +74,13 @@ impl Loaded {
     pub(crate) async fn give(&self, channels: Vec<Handover>) -> Vec<Handover> {
         for channel in &channels {
             // One whose owner has ended is found out below.
-            let _ = send_offer(channel, self.accelerator, &self.device_line, &self.template);
+            let _ = send_offer(
+                channel,
+                self.accelerator,
+                &self.device_line,
+                &self.template,
+                &self.reason,
+            );
         }
         let waiting = all_waiting(channels).await;
         for channel in &waiting {
@@ -262,11 +268,12 @@ impl Serving {
             accelerator,
             device_line,
             template,
+            reason,
             device,
             mark,
             ..
         } = &self.loaded;
-        send_offer(&spare.channel, *accelerator, device_line, template)?;
+        send_offer(&spare.channel, *accelerator, device_line, template, reason)?;
         let waits = spare.channel.receive::<Waiting>().await?;
         waits.context("a clone ended before it was ready")?;
         send_state(&spare.channel, device, None, *mark)?;
@@ -309,9 +316,4 @@ impl Server {
             .context("the process that serves the snapshot has ended")?;
         Ok(())
     }
-}
-
-/// A copy of a descriptor as a file.
-pub(super) fn file_of(fd: &impl AsFd) -> anyhow::Result<File> {
-    Ok(File::from(fd.as_fd().try_clone_to_owned()?))
 }

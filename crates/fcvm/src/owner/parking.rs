@@ -1,0 +1,222 @@
+//! The agent's channel around a save of its guest, where it does not outlive that: parked before, connected
+//! anew afterwards.
+//!
+//! Under Firecracker the agent connects over vsock, and such connections end with a snapshot. So both sides
+//! say all that they have to say and a last word, `Park`; what is written from then on waits. When the guest
+//! goes on the agent connects again. Every process of the guest can connect there: the agent is the one that
+//! shows the mark.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use fcvm_wire::{Decoder, Frame, FrameKind, MARK_BYTES, Mark, Role};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::link::AgentLink;
+use crate::connection::{FrameReader, hello};
+
+/// How long the agent may take to be silent: it waits up to a second for the container to stand still.
+const PARK_LIMIT: Duration = Duration::from_secs(10);
+/// How long it may take to connect again.
+const RETURN_LIMIT: Duration = Duration::from_secs(30);
+/// Connections that have not shown a mark yet, of which the oldest gives way.
+const STRANGERS_MAX: usize = 32;
+
+/// Readers of later connections.
+pub(super) type Successors = mpsc::Receiver<FrameReader>;
+
+/// What of a link is there for parking.
+pub(super) struct Parking {
+    /// Where the agent connects; a port has none.
+    listener: Option<UnixListener>,
+    state: Cell<State>,
+    changed: Notify,
+    readers: mpsc::Sender<FrameReader>,
+    writers: mpsc::Sender<OwnedWriteHalf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The connection is in use.
+    Connected,
+    /// The agent was told to park.
+    Asked,
+    /// Both sides are silent.
+    Parked,
+    /// The connection has ended for good.
+    Ended,
+}
+
+impl Parking {
+    /// Also where writer and reader get their later connections.
+    pub(super) fn new(
+        listener: Option<UnixListener>,
+    ) -> (Self, mpsc::Receiver<OwnedWriteHalf>, Successors) {
+        let (readers, successors) = mpsc::channel(1);
+        let (writers, later) = mpsc::channel(1);
+        let parking = Self {
+            listener,
+            state: Cell::new(State::Connected),
+            changed: Notify::new(),
+            readers,
+            writers,
+        };
+        (parking, later, successors)
+    }
+
+    /// The agent has parked; `false` where it was not asked to.
+    pub(super) fn answer(&self) -> bool {
+        let was_asked = self.state.get() == State::Asked;
+        if was_asked {
+            self.set(State::Parked);
+        }
+        was_asked
+    }
+
+    /// There is nothing to wait for any more.
+    pub(super) fn abandon(&self) {
+        self.set(State::Ended);
+    }
+
+    fn set(&self, state: State) {
+        self.state.set(state);
+        self.changed.notify_waiters();
+    }
+
+    async fn answered(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.state.get() != State::Asked {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl AgentLink {
+    /// Lets both sides fall silent, the container included. [`come_back`](Self::come_back) has to follow.
+    pub(super) async fn park(&self) -> anyhow::Result<()> {
+        let parking = &self.0.parking;
+        self.check()?;
+        if parking.state.get() != State::Connected {
+            bail!("the guest's agent has not come back from an earlier fork: try again");
+        }
+        parking.state.set(State::Asked);
+        let ask = async {
+            let park = Frame::new(FrameKind::Park, 0, Vec::new());
+            if self.0.outgoing.send(park).await.is_ok() {
+                parking.answered().await;
+            }
+        };
+        if tokio::time::timeout(PARK_LIMIT, ask).await.is_err() {
+            let link = self.clone();
+            tokio::task::spawn_local(async move { link.come_back_late().await });
+            bail!(
+                "the guest's agent did not stop the container within {} s: the guest is overloaded, or hangs",
+                PARK_LIMIT.as_secs()
+            );
+        }
+        self.check()
+    }
+
+    /// An answer that comes late is one all the same, and the agent waits for its connection's end.
+    async fn come_back_late(&self) {
+        self.0.parking.answered().await;
+        if self.0.parking.state.get() == State::Parked {
+            self.hang_up();
+            if let Err(error) = self.come_back().await {
+                tracing::warn!(target: "agent", "{error:#}");
+            }
+        }
+    }
+
+    /// Ends the present connection, which nothing else has ended.
+    pub(super) fn hang_up(&self) {
+        let both = rustix::net::Shutdown::Both;
+        // Of one that has ended nothing is left to end.
+        let _ = rustix::net::shutdown(&*self.0.socket.borrow(), both);
+    }
+
+    /// Waits until the agent has connected again, and goes on: all streams are what they were.
+    pub(super) async fn come_back(&self) -> anyhow::Result<()> {
+        let parking = &self.0.parking;
+        let listener = parking.listener.as_ref();
+        let listener = listener.context("the agent cannot connect on this channel")?;
+        let returned = async {
+            loop {
+                let socket = accept(listener, self.0.mark).await?;
+                match self.go_on_with(socket).await {
+                    Ok(()) => return Ok::<_, anyhow::Error>(()),
+                    // The agent tries again.
+                    Err(error) => tracing::debug!(target: "agent", "{error:#}"),
+                }
+            }
+        };
+        let returned = tokio::time::timeout(RETURN_LIMIT, returned).await;
+        returned.with_context(|| {
+            let limit = RETURN_LIMIT.as_secs();
+            format!("the guest's agent did not come back within {limit} s")
+        })??;
+        parking.set(State::Connected);
+        Ok(())
+    }
+
+    async fn go_on_with(&self, socket: UnixStream) -> anyhow::Result<()> {
+        use std::os::fd::AsFd;
+        let copy = socket.as_fd().try_clone_to_owned()?;
+        let (read, mut write) = socket.into_split();
+        let decoder = Decoder::from_guest();
+        let mut reader = FrameReader::behind(self.0.gate.clone(), read, decoder);
+        reader.hello(Role::Agent).await?;
+        let mut bytes = Vec::new();
+        hello(Role::Owner, self.0.session, Some(self.0.mark)).encode(&mut bytes);
+        write.write_all(&bytes).await?;
+        *self.0.socket.borrow_mut() = copy;
+        let ended = "the agent's channel closed";
+        self.0
+            .parking
+            .readers
+            .send(reader)
+            .await
+            .ok()
+            .context(ended)?;
+        self.0.parking.writers.send(write).await.ok().context(ended)
+    }
+}
+
+/// The first connection that begins with the mark. Others are those of the guest's other processes: they
+/// are not listened to.
+pub(super) async fn accept(listener: &UnixListener, mark: Mark) -> anyhow::Result<UnixStream> {
+    let mut strangers = JoinSet::new();
+    let mut order: VecDeque<AbortHandle> = VecDeque::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let (mut socket, _) = accepted.context("the agent's channel fails")?;
+                if order.len() >= STRANGERS_MAX
+                    && let Some(oldest) = order.pop_front()
+                {
+                    oldest.abort();
+                }
+                order.push_back(strangers.spawn_local(async move {
+                    let mut shown = [0; MARK_BYTES];
+                    let read = socket.read_exact(&mut shown).await;
+                    (read.is_ok() && &shown == mark.as_bytes()).then_some(socket)
+                }));
+            }
+            Some(ended) = strangers.join_next() => {
+                if let Ok(Some(socket)) = ended {
+                    return Ok(socket);
+                }
+                order.retain(|stranger| !stranger.is_finished());
+            }
+        }
+    }
+}
