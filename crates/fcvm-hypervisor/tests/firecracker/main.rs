@@ -120,7 +120,7 @@ async fn a_vm_runs_pauses_goes_on_and_is_killed() {
     let place = Place::new(Behaviour::default());
     let (spec, mut console) = place.spec();
     let mut vm = place.firecracker().launch(spec).await.unwrap();
-    assert_eq!(vm.version().to_string(), "1.17.0");
+    assert_eq!(vm.device_line().firecracker_version.to_string(), "1.17.0");
     let channel = vm.take_agent().unwrap();
     assert_eq!(first_words(channel).await, fake::AGENT_TEXT);
     assert!(vm.take_agent().is_none());

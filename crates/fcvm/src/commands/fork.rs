@@ -167,6 +167,10 @@ async fn estimate(
                 "{} that the VM wrote since it was forked are copied to each clone, which share the rest",
                 size(estimate.copied_bytes)
             ),
+            "save" => format!(
+                "{} are written once while the VM stands still, or less where it was forked before, and all clones share them until they write",
+                size(estimate.copied_bytes)
+            ),
             _ => format!(
                 "{} are copied once while the VM stands still, as QEMU's own network cannot move to another process",
                 size(estimate.copied_bytes)
@@ -182,7 +186,7 @@ async fn estimate(
     }
     let count = arguments.count.unwrap_or(1);
     println!(
-        "clones   {count}: a process each for fcvm, QEMU and the network; what a clone writes is its own"
+        "clones   {count}: a process each for fcvm, the hypervisor and the network; what a clone writes is its own"
     );
     Ok(crate::EXIT_SUCCESS)
 }

@@ -60,7 +60,7 @@ pub(crate) struct Usage {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Estimate {
     /// `succession`: nothing of the memory is copied; `difference`: what the VM wrote since it was
-    /// forked; `copy`: all that is in use.
+    /// forked; `copy`: all that is in use; `save`: the same, by the hypervisor itself.
     pub(crate) way: String,
     /// Size of the guest's memory.
     pub(crate) memory_bytes: u64,

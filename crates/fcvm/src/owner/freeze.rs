@@ -182,7 +182,14 @@ impl RunningVm {
         self.check_running()?;
         let memory = self.foundation.memory.borrow();
         let usage = fcvm_memory::usage(self.machine.identity().pid)?;
+        let saves = matches!(self.foundation.hypervisor, Hypervisor::Firecracker(_));
+        let resident_bytes = match saves {
+            // No file has it: the hypervisor itself is little.
+            true => usage.pss_bytes,
+            false => memory.resident_bytes()?,
+        };
         let way = match memory.mapping() {
+            _ if saves => "save",
             MemoryMapping::CopyOnWrite => "difference",
             MemoryMapping::Shared
                 if self.network.guest.is_some() && self.network.relay.is_none() =>
@@ -194,7 +201,7 @@ impl RunningVm {
         let copied = match way {
             "succession" => 0,
             "difference" => usage.guest_private_bytes,
-            _ => memory.resident_bytes()?,
+            _ => resident_bytes,
         };
         let disk = match &*self.foundation.scratch.borrow() {
             Some(disk) => Some(disk.usage()?),
@@ -203,7 +210,7 @@ impl RunningVm {
         Ok(Estimate {
             way: way.to_owned(),
             memory_bytes: memory.size().bytes(),
-            resident_bytes: memory.resident_bytes()?,
+            resident_bytes,
             copied_bytes: copied,
             disk_method: disk.map(|_| self.foundation.store.method().name().to_owned()),
             disk_bytes: disk.map_or(0, |usage| usage.own_bytes),

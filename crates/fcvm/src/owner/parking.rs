@@ -220,3 +220,193 @@ pub(super) async fn accept(listener: &UnixListener, mark: Mark) -> anyhow::Resul
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use fcvm_wire::{Channel, Hello, Outcome, PROTOCOL_VERSION, Request};
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    /// The guest's side of a connection.
+    struct Agent {
+        socket: UnixStream,
+        decoder: Decoder,
+        /// What the owner said last of itself.
+        owner: Option<Hello>,
+    }
+
+    impl Agent {
+        async fn connect(path: &Path, mark: Option<Mark>) -> Self {
+            let mut socket = UnixStream::connect(path).await.unwrap();
+            if let Some(mark) = mark {
+                socket.write_all(mark.as_bytes()).await.unwrap();
+            }
+            let mut agent = Self {
+                socket,
+                decoder: Decoder::from_host(),
+                owner: None,
+            };
+            let hello = Hello {
+                protocol: PROTOCOL_VERSION,
+                role: Role::Agent,
+                program: String::new(),
+                session: 7,
+                mark: None,
+            };
+            agent
+                .say(&Frame::message(FrameKind::Hello, 0, &hello))
+                .await;
+            agent
+        }
+
+        async fn say(&mut self, frame: &Frame) {
+            let mut bytes = Vec::new();
+            frame.encode(&mut bytes);
+            self.socket.write_all(&bytes).await.unwrap();
+        }
+
+        /// The next frame; nothing at the end.
+        async fn hear(&mut self) -> Option<Frame> {
+            loop {
+                if let Some(frame) = self.decoder.next_frame().unwrap() {
+                    return Some(frame);
+                }
+                let mut buffer = [0; 4096];
+                match self.socket.read(&mut buffer).await.unwrap() {
+                    0 => return None,
+                    length => self.decoder.push(&buffer[..length]),
+                }
+            }
+        }
+
+        async fn greeted(mut self) -> Self {
+            let frame = self.hear().await.unwrap();
+            self.owner = Some(frame.parse().unwrap());
+            self
+        }
+    }
+
+    /// A link, its agent, and where that connects.
+    async fn linked(directory: &Path) -> (AgentLink, Agent) {
+        let path = directory.join("agent");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (agent, accepted) = tokio::join!(Agent::connect(&path, None), listener.accept());
+        let socket = accepted.unwrap().0;
+        let (link, agent) = tokio::join!(
+            AgentLink::establish(socket, Some(listener)),
+            agent.greeted()
+        );
+        (link.unwrap(), agent)
+    }
+
+    #[tokio::test]
+    async fn streams_go_on_over_the_connection_that_shows_the_mark() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let (link, mut agent) = linked(directory.path()).await;
+            let mark = agent.owner.as_ref().unwrap().mark.unwrap();
+            assert!(mark == link.mark());
+            let stream = link.open(&Request::Processes).await.unwrap();
+            let id = agent.hear().await.unwrap().stream;
+            let parked = tokio::task::spawn_local({
+                let link = link.clone();
+                async move { link.park().await }
+            });
+            assert_eq!(agent.hear().await.unwrap().kind, FrameKind::Park);
+            agent
+                .say(&Frame::data(id, Channel::Stdout, b"before".to_vec()))
+                .await;
+            agent.say(&Frame::new(FrameKind::Park, 0, Vec::new())).await;
+            parked.await.unwrap().unwrap();
+            assert_eq!(stream.next().await.unwrap().payload, b"before");
+            // What is said now waits for the next connection.
+            stream
+                .send(Frame::credit(id, Channel::Stdout, 6))
+                .await
+                .unwrap();
+            assert!(link.park().await.is_err());
+
+            let path = directory.path().join("agent");
+            // Those of other processes: silent ones, more than are listened to, and one that guesses.
+            let mut strangers = Vec::new();
+            for _ in 0..=STRANGERS_MAX {
+                strangers.push(UnixStream::connect(&path).await.unwrap());
+            }
+            strangers.push(Agent::connect(&path, Some(mark.answer())).await.socket);
+            let (back, agent) = tokio::join!(link.come_back(), async {
+                Agent::connect(&path, Some(mark)).await.greeted().await
+            });
+            back.unwrap();
+            let mut agent = agent;
+            let owner = agent.owner.clone().unwrap();
+            assert!(owner.session == link.0.session && owner.mark == Some(mark));
+            let waited = agent.hear().await.unwrap();
+            assert_eq!((waited.kind, waited.stream), (FrameKind::Credit, id));
+            agent
+                .say(&Frame::message(FrameKind::Closed, id, &Outcome::Done))
+                .await;
+            assert_eq!(stream.next().await.unwrap().kind, FrameKind::Closed);
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_parks_unasked_loses_its_connection() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let (link, mut agent) = linked(directory.path()).await;
+            let stream = link.open(&Request::Processes).await.unwrap();
+            agent.say(&Frame::new(FrameKind::Park, 0, Vec::new())).await;
+            let error = stream.next().await.unwrap_err();
+            assert!(error.to_string().contains("parked unasked"), "{error}");
+            assert!(link.park().await.is_err());
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_parks_late_is_taken_back() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let (link, mut agent) = linked(directory.path()).await;
+            let mark = link.mark();
+            tokio::time::pause();
+            let error = link.park().await.unwrap_err();
+            tokio::time::resume();
+            assert!(error.to_string().contains("did not stop"), "{error}");
+            assert_eq!(agent.hear().await.unwrap().kind, FrameKind::Park);
+            agent.say(&Frame::new(FrameKind::Park, 0, Vec::new())).await;
+            // The owner ends this one.
+            assert!(agent.hear().await.is_none());
+            let path = directory.path().join("agent");
+            let mut agent = Agent::connect(&path, Some(mark)).await.greeted().await;
+            let stream = link.open(&Request::Processes).await.unwrap();
+            let id = agent.hear().await.unwrap().stream;
+            agent
+                .say(&Frame::message(FrameKind::Closed, id, &Outcome::Done))
+                .await;
+            assert_eq!(stream.next().await.unwrap().kind, FrameKind::Closed);
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_does_not_come_back_is_not_waited_for_without_end() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let (link, mut agent) = linked(directory.path()).await;
+            let (parked, ()) = tokio::join!(link.park(), async {
+                assert_eq!(agent.hear().await.unwrap().kind, FrameKind::Park);
+                agent.say(&Frame::new(FrameKind::Park, 0, Vec::new())).await;
+            });
+            parked.unwrap();
+            tokio::time::pause();
+            let error = link.come_back().await.unwrap_err();
+            assert!(error.to_string().contains("did not come back"), "{error}");
+        };
+        LocalSet::new().run_until(test).await;
+    }
+}
