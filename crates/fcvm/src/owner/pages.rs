@@ -1,12 +1,13 @@
 //! A VM whose memory comes from a memory server, from its owner's side: what comes ahead is waited for, and the
 //! VM ends with its server, as its guest would stand still for ever at the next page.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context as _, bail};
 use fcvm_memory::uffd::{Notice, ServerWatch};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::unix::AsyncFd;
 
 use super::vm::RunningVm;
@@ -15,7 +16,7 @@ use super::vm::RunningVm;
 pub(super) struct PageService {
     watch: ServerWatch,
     /// A second descriptor of its connection.
-    ready: AsyncFd<std::os::fd::OwnedFd>,
+    ready: AsyncFd<OwnedFd>,
     /// The hypervisor.
     pid: i32,
     progress: Progress,
@@ -65,14 +66,28 @@ impl PageService {
         }
     }
 
+    /// Waits until the server has said something: to read before that would hold up the owner.
+    async fn readable(&self) -> std::io::Result<()> {
+        while !self.watch.is_pending() {
+            let mut ready = self.ready.readable().await?;
+            let at_once = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            let mut polled = [PollFd::new(self.ready.get_ref(), PollFlags::IN)];
+            if poll(&mut polled, Some(&at_once))? > 0 {
+                break;
+            }
+            // It was read together with what came before.
+            ready.clear_ready();
+        }
+        Ok(())
+    }
+
     /// Takes what the server says next; the reason where that is the end.
     async fn step(&mut self) -> Option<String> {
-        if !self.watch.is_pending() {
-            match self.ready.readable().await {
-                // What is read next may be the last of it: looked at again when it is wanted.
-                Ok(mut ready) => ready.clear_ready(),
-                Err(error) => return Some(format!("the memory server cannot be watched: {error}")),
-            }
+        if let Err(error) = self.readable().await {
+            return Some(format!("the memory server cannot be watched: {error}"));
         }
         let notice = match self.watch.next() {
             Ok(Some(notice)) => notice,
@@ -107,5 +122,69 @@ pub(super) async fn end_with(mut service: PageService, vm: Rc<RunningVm>) {
         tracing::warn!(target: "memory", "{reason}: the VM ends");
         *vm.lost.borrow_mut() = Some(reason);
         vm.machine.kill();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    const PID: i32 = 42;
+
+    /// A server that watches, and the connection on which it tells.
+    async fn watched(directory: &Path) -> (PageService, UnixStream) {
+        let path = directory.join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut question = String::new();
+            BufReader::new(&socket).read_line(&mut question).unwrap();
+            assert_eq!(question, "{\"question\":\"watch\"}\n");
+            socket.write_all(b"{\"event\":\"watching\"}\n").unwrap();
+            socket
+        });
+        let service = PageService::connect(&path, PID).unwrap();
+        (service, server.join().unwrap())
+    }
+
+    fn started(pid: i32, pages: u64) -> String {
+        format!("{{\"event\":\"started\",\"pid\":{pid},\"ahead_pages\":{pages}}}\n")
+    }
+
+    #[tokio::test]
+    async fn what_comes_ahead_is_waited_for_and_the_end_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut service, mut server) = watched(directory.path()).await;
+        let other = PID + 1;
+        let brought = format!("{{\"event\":\"prefetched\",\"pid\":{other},\"pages\":9}}\n");
+        let all = started(other, 0) + &started(PID, 5) + &brought;
+        server.write_all(all.as_bytes()).unwrap();
+        let early = tokio::time::timeout(std::time::Duration::from_millis(50), service.brought());
+        assert!(early.await.is_err());
+        let brought = brought.replace(&other.to_string(), &PID.to_string());
+        server.write_all(brought.as_bytes()).unwrap();
+        service.brought().await.unwrap();
+        drop(server);
+        assert_eq!(service.ended().await, "the memory server has ended");
+    }
+
+    #[tokio::test]
+    async fn a_vm_without_pages_ahead_need_not_wait_and_one_that_is_given_up_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut service, mut server) = watched(directory.path()).await;
+        server.write_all(started(PID, 0).as_bytes()).unwrap();
+        service.brought().await.unwrap();
+        let statistics =
+            serde_json::to_string(&fcvm_types::memory::PageServiceStatistics::default());
+        let end = format!(
+            "{{\"event\":\"ended\",\"pid\":{PID},\"reason\":\"it lied\",\"is_failure\":true,\"statistics\":{}}}\n",
+            statistics.unwrap()
+        );
+        server.write_all(end.as_bytes()).unwrap();
+        let reason = service.ended().await;
+        assert_eq!(reason, "the memory server serves it no longer: it lied");
     }
 }
