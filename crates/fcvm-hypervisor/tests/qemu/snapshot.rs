@@ -4,11 +4,11 @@ use std::fs::File;
 use std::os::fd::AsFd;
 
 use fcvm_hypervisor::probe::measure_tsc_khz;
-use fcvm_hypervisor::qemu::{DeviceState, QemuStandby};
+use fcvm_hypervisor::qemu::QemuStandby;
 use fcvm_hypervisor::spec::TRANSLATION_CACHE_CLONE;
 use fcvm_hypervisor::{
-    Accelerator, DiskSpec, GuestMemory, HardwareSpec, HypervisorError, Launch, Pause, RestoreState,
-    SaveState,
+    Accelerator, DeviceState, DiskSpec, GuestMemory, HardwareSpec, HypervisorError, Launch, Pause,
+    RestoreState, SaveState,
 };
 use fcvm_types::ByteSize;
 
