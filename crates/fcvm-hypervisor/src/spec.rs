@@ -233,10 +233,13 @@ pub enum NetworkBackend {
         /// fec0::/64 with its gateway at fec0::2 as well.
         ipv6: bool,
     },
-    /// A tap device of the network namespace that the hypervisor is started in.
+    /// A tap device.
     Tap {
         /// Name of the device.
         name: String,
+        /// The namespaces in which it is, entered by the hypervisor's process in this order; those of
+        /// the owner where there are none.
+        namespaces: Vec<OwnedFd>,
     },
 }
 

@@ -236,3 +236,33 @@ fn what_is_no_release_is_refused_and_leaves_nothing() {
     let error = get(directory.path(), &options).unwrap_err().to_string();
     assert!(error.contains("refused"), "{error}");
 }
+
+#[test]
+fn what_a_killed_one_left_is_swept_and_one_at_a_time_changes_the_directory() {
+    let (server, _) = server();
+    let directory = tempfile::tempdir().unwrap();
+    let options = ReleaseOptions {
+        server: format!("{server}/r"),
+        version: None,
+        sha256: None,
+    };
+    let left = directory.path().join(".partial-killed");
+    fs::create_dir_all(left.join("deep")).unwrap();
+    fs::write(left.join("deep/firecracker"), "half").unwrap();
+    std::os::unix::fs::symlink("v0.0.0", directory.path().join(".current.new")).unwrap();
+    // Another one is at work: what it has is not touched.
+    let lock = fs::File::open(directory.path()).unwrap();
+    lock.lock().unwrap();
+    let error = get(directory.path(), &options).unwrap_err();
+    assert!(matches!(error, ReleaseError::Busy { .. }), "{error}");
+    assert!(left.exists());
+    drop(lock);
+    let (release, _) = get(directory.path(), &options).unwrap();
+    assert!(release.is_new);
+    let mut names: Vec<_> = fs::read_dir(directory.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["current", "v1.13.1"]);
+}

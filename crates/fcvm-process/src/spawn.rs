@@ -1,14 +1,17 @@
 //! Starting a helper: what it inherits and what ends it.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::FdFlags;
-use rustix::process::{Pid, Resource, Rlimit, Signal};
+use rustix::process::{PidfdFlags, Resource, Rlimit, Signal};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::helper::HelperProcess;
 
@@ -31,6 +34,8 @@ pub struct HelperCommand {
     no_new_privileges: bool,
     directory: PathBuf,
     stdout: Option<OwnedFd>,
+    namespaces: Vec<OwnedFd>,
+    new_pid_namespace: bool,
 }
 
 impl HelperCommand {
@@ -44,6 +49,8 @@ impl HelperCommand {
             no_new_privileges: false,
             directory: PathBuf::from("/"),
             stdout: None,
+            namespaces: Vec::new(),
+            new_pid_namespace: false,
         }
     }
 
@@ -96,6 +103,20 @@ impl HelperCommand {
         self
     }
 
+    /// Namespaces that the helper is in, entered in this order, setns(2): a user namespace comes before
+    /// those that belong to it.
+    pub fn namespaces(&mut self, namespaces: Vec<OwnedFd>) -> &mut Self {
+        self.namespaces = namespaces;
+        self
+    }
+
+    /// The helper is the first process of a new PID namespace, pid_namespaces(7): with its end all that it
+    /// has started ends, whatever that has become. Needs root.
+    pub fn new_pid_namespace(&mut self) -> &mut Self {
+        self.new_pid_namespace = true;
+        self
+    }
+
     /// Starts the helper. Must be called within a tokio runtime, which reads its standard error.
     ///
     /// # Errors
@@ -111,35 +132,81 @@ impl HelperCommand {
             .stdin(Stdio::null())
             .stdout(self.stdout.map_or_else(Stdio::null, Stdio::from))
             .stderr(stderr_writer);
+        let owner = rustix::process::getpid();
+        // Seen from anywhere, unlike a number.
+        let owner_fd = rustix::process::pidfd_open(owner, PidfdFlags::empty())?;
         let setup = ChildSetup {
-            owner: rustix::process::getpid(),
+            owner: owner_fd.as_raw_fd(),
             inherited: self.inherited.iter().map(AsRawFd::as_raw_fd).collect(),
+            namespaces: self.namespaces.iter().map(AsRawFd::as_raw_fd).collect(),
             no_new_privileges: self.no_new_privileges,
         };
         // SAFETY: `ChildSetup::run` makes system calls only: it takes no lock and allocates
         // nothing, which is what is allowed between fork and exec. The descriptors whose numbers
-        // it uses are open: `self.inherited` lives until `spawn` has returned.
+        // it uses are open: those of `self` and `owner_fd` live until the child has been started.
         unsafe {
             command.pre_exec(move || setup.run());
         }
-        let child = command.spawn()?;
+        let child = match self.new_pid_namespace {
+            true => NewPidNamespace::enter().and_then(|_namespace| command.spawn()),
+            false => command.spawn(),
+        }?;
         drop(command);
         HelperProcess::adopt(self.role, child, stderr_reader.into())
     }
 }
 
+/// While it is there, children of this thread begin a PID namespace.
+struct NewPidNamespace {
+    own: File,
+}
+
+impl NewPidNamespace {
+    fn enter() -> io::Result<Self> {
+        let own = File::open("/proc/thread-self/ns/pid")?;
+        // SAFETY: this flag changes nothing of descriptors, and nothing of this process but which
+        // namespace its next child is in.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?;
+        Ok(Self { own })
+    }
+}
+
+impl Drop for NewPidNamespace {
+    fn drop(&mut self) {
+        let own = self.own.as_fd();
+        let kind = Some(LinkNameSpaceType::ProcessID);
+        if let Err(errno) = rustix::thread::move_into_link_name_space(own, kind) {
+            // No child could be started any more: the kernel takes the namespace's first one's end for
+            // that of all.
+            tracing::error!("cannot leave a PID namespace: {errno}");
+        }
+    }
+}
+
 /// What the child does between fork and exec.
 struct ChildSetup {
-    owner: Pid,
+    /// A pidfd.
+    owner: RawFd,
     inherited: Vec<RawFd>,
+    namespaces: Vec<RawFd>,
     no_new_privileges: bool,
 }
 
 impl ChildSetup {
     fn run(&self) -> io::Result<()> {
+        for &number in &self.namespaces {
+            // SAFETY: the caller of `run` promises that the number is an open descriptor.
+            let fd = unsafe { BorrowedFd::borrow_raw(number) };
+            rustix::thread::move_into_link_name_space(fd, None)?;
+        }
+        // After that: a change of credentials takes the signal back.
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The owner may have died before the line above; its death sends nothing then.
-        if rustix::process::getppid() != Some(self.owner) {
+        // The owner may have died before the line above; its death sends nothing then. A pidfd is
+        // readable when its process has ended.
+        // SAFETY: the caller of `run` promises that the number is an open descriptor.
+        let owner = unsafe { BorrowedFd::borrow_raw(self.owner) };
+        let mut owner = [PollFd::from_borrowed_fd(owner, PollFlags::IN)];
+        if rustix::event::poll(&mut owner, Some(&Timespec::default()))? > 0 {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
         rustix::process::setsid()?;

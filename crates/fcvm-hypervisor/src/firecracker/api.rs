@@ -9,6 +9,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use fcvm_types::record::ProcessIdentity;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode};
@@ -66,6 +67,20 @@ impl ApiClient {
             }
         };
         within("listening", timeout, listening).await
+    }
+
+    /// The process that listens on the socket.
+    pub(super) async fn server(&self) -> Result<ProcessIdentity, HypervisorError> {
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|error| disconnected(error.to_string()))?;
+        let found = stream.peer_cred().and_then(|server| {
+            let pid = server
+                .pid()
+                .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+            fcvm_process::process_identity(pid)
+        });
+        found.map_err(|error| disconnected(format!("its process cannot be found: {error}")))
     }
 
     /// The version that it says it is.

@@ -164,7 +164,7 @@ pub(super) struct NetworkInterface {
 
 impl NetworkInterface {
     pub(super) fn new(network: &NetworkSpec) -> Result<Self, HypervisorError> {
-        let NetworkBackend::Tap { name } = &network.backend else {
+        let NetworkBackend::Tap { name, .. } = &network.backend else {
             return Err(HypervisorError::InvalidSpec {
                 what: "a user-mode network".to_owned(),
                 reason: format!("{NAME} takes tap devices only"),

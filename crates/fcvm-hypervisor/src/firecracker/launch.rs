@@ -1,15 +1,12 @@
 //! Starting Firecracker, watching it, ending it.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use fcvm_process::{HelperCommand, HelperProcess};
-use fcvm_types::guest::AGENT_VSOCK_PORT;
 use fcvm_types::record::ProcessIdentity;
 use serde::Serialize;
 use tokio::net::UnixListener;
@@ -17,22 +14,28 @@ use tokio::net::UnixListener;
 use super::api::ApiClient;
 use super::configuration::{
     Action, BootSource, DeviceLine, Drive, Entropy, MachineConfiguration, NetworkInterface, VSOCK,
-    VSOCK_NAME, VmState, kernel_arguments,
+    VmState, kernel_arguments,
 };
+use super::place::Place;
 use super::{Firecracker, NAME};
-use crate::check::{check_file, check_hardware, setup_failed, text_path};
+use crate::check::{check_file, check_hardware, setup_failed};
 use crate::error::HypervisorError;
-use crate::spec::{Accelerator, BootSpec, HardwareSpec, LaunchSpec, MemoryMapping};
+use crate::spec::{
+    Accelerator, BootSpec, HardwareSpec, LaunchSpec, MemoryMapping, NetworkBackend, NetworkSpec,
+};
 use crate::version::Version;
 use crate::vm::{AgentChannel, ExitCause, VmEvent, VmExit};
 use crate::{Launch, Pause};
 
 /// Name of the process in messages and records.
-const ROLE: &str = "firecracker";
+pub(super) const ROLE: &str = "firecracker";
 /// Most processors of a VM.
-const CPU_COUNT_MAX: u32 = 32;
+pub const CPU_COUNT_MAX: u32 = 32;
 /// Name of the control socket.
-const API_NAME: &str = "api";
+pub(super) const API_NAME: &str = "api";
+/// What messages call the files.
+const KERNEL: &str = "the kernel";
+const INITRAMFS: &str = "the initramfs";
 /// Name of the file of device state.
 pub(super) const STATE_NAME: &str = "state";
 /// Name of the memory of a VM that begins with saved state.
@@ -53,7 +56,11 @@ pub struct FirecrackerVm {
     device_line: DeviceLine,
     /// Where device state is saved and loaded from.
     pub(super) state: File,
-    _directory: Directory,
+    /// The process's, which is not the helper's where it is jailed.
+    identity: ProcessIdentity,
+    /// The user namespace that it is in, where that is not the owner's.
+    pub(super) users: Option<OwnedFd>,
+    pub(super) place: Place,
 }
 
 impl Launch for Firecracker {
@@ -62,7 +69,7 @@ impl Launch for Firecracker {
     async fn launch(&self, spec: LaunchSpec) -> Result<FirecrackerVm, HypervisorError> {
         let plan = Plan::new(&spec.hardware, &spec.boot)?;
         let vm = self.spawn(spec.hardware).await?;
-        match plan.carry_out(&vm.api).await {
+        match plan.carry_out(&vm).await {
             Ok(()) => Ok(vm),
             Err(error) => Err(vm.explain(error).await),
         }
@@ -71,53 +78,101 @@ impl Launch for Firecracker {
 
 impl Firecracker {
     /// Starts the process, which knows nothing of its VM yet.
-    pub(super) async fn spawn(&self, spec: HardwareSpec) -> Result<FirecrackerVm, HypervisorError> {
-        let directory = Directory::create(self.directory())
+    pub(super) async fn spawn(
+        &self,
+        mut spec: HardwareSpec,
+    ) -> Result<FirecrackerVm, HypervisorError> {
+        let place = Place::create(self)
             .map_err(setup_failed("the directory of the hypervisor's sockets"))?;
-        let agent = directory
-            .path
-            .join(format!("{VSOCK_NAME}_{AGENT_VSOCK_PORT}"));
-        let agent = UnixListener::bind(agent).map_err(setup_failed("the agent channel"))?;
+        let agent = place
+            .bind_agent()
+            .map_err(setup_failed("the agent channel"))?;
         let mut line = DeviceLine::new(&spec, Version::default());
-        let state = state_file().map_err(setup_failed("a file for the device state"))?;
-        let mut command = HelperCommand::new(ROLE, self.program());
-        command
-            .no_new_privileges()
-            .directory(&directory.path)
-            // The guest's console is the process's standard output.
-            .stdout(spec.console)
-            .args(["--api-sock", API_NAME, "--id", "fcvm"])
-            // What it has to say comes behind one another on standard error.
-            .args(["--log-path", "/proc/self/fd/2", "--level", "Warning"]);
-        let mut linked = vec![(STATE_NAME.to_owned(), copy_of(&state)?)];
+        let (mut command, network) = self.command(&place, &mut spec)?;
+        // The guest's console is the process's standard output.
+        command.no_new_privileges().stdout(spec.console);
+        let state = place
+            .add_state(&mut command, STATE_NAME)
+            .map_err(setup_failed("a file for the device state"))?;
+        let mut files = Vec::new();
         if spec.memory.mapping() == MemoryMapping::CopyOnWrite {
             // One that boots has memory of its own.
-            linked.push((MEMORY_NAME.to_owned(), spec.memory.into()));
+            let memory = File::from(OwnedFd::from(spec.memory));
+            files.push((MEMORY_NAME.to_owned(), memory, true));
         }
         for (index, mut disk) in spec.disks.into_iter().enumerate() {
             if let Some(layer) = disk.layers.pop() {
-                linked.push((format!("disk{index}"), layer.file.into()));
+                files.push((format!("disk{index}"), layer.file, disk.read_only));
             }
         }
-        for (name, fd) in linked {
-            link_descriptor(&mut command, fd, &directory.path.join(name))
-                .map_err(setup_failed("the descriptors"))?;
+        for (name, file, read_only) in files {
+            place
+                .add(&mut command, file, read_only, &name)
+                .map_err(setup_failed("the files"))?;
         }
         tracing::trace!("{command:?}");
         let helper = command.spawn().map_err(|source| HypervisorError::Spawn {
             path: self.program().to_owned(),
             source,
         })?;
-        let api = ApiClient::new(directory.path.join(API_NAME));
+        let api = ApiClient::new(place.path().join(API_NAME));
         line.firecracker_version = self.connect(&helper, &api).await?;
+        let identity = match self.jail() {
+            None => helper.identity(),
+            // The helper is what began the VM's processes.
+            Some(_) => api.server().await?,
+        };
         Ok(FirecrackerVm {
             helper,
+            identity,
             api,
             agent: Some(agent),
             device_line: line,
             state,
-            _directory: directory,
+            users: network.users,
+            place,
         })
+    }
+
+    /// The command that starts the process, and what it has to find of its network.
+    fn command(
+        &self,
+        place: &Place,
+        spec: &mut HardwareSpec,
+    ) -> Result<(HelperCommand, Namespaces), HypervisorError> {
+        let namespaces = match spec.network.take() {
+            Some(NetworkSpec {
+                backend: NetworkBackend::Tap { namespaces, .. },
+                ..
+            }) => namespaces,
+            _ => Vec::new(),
+        };
+        if let Some(jail) = self.jail() {
+            // The jailer opens the network's namespace by the owner's descriptor of it.
+            let network = namespaces.into_iter().next_back();
+            let command = jail.command(self.program(), self.directory(), spec, network.as_ref());
+            let users = None;
+            return Ok((
+                command,
+                Namespaces {
+                    users,
+                    _network: network,
+                },
+            ));
+        }
+        let users = match namespaces.as_slice() {
+            [users, _network] => Some(users.try_clone().map_err(setup_failed("the descriptors"))?),
+            _ => None,
+        };
+        let mut command = HelperCommand::new(ROLE, self.program());
+        command
+            .namespaces(namespaces)
+            .directory(place.path())
+            .args(["--api-sock", API_NAME, "--id", "fcvm"])
+            // What it has to say comes behind one another on standard error.
+            .args(["--log-path", "/proc/self/fd/2", "--level", "Warning"]);
+        let _network = None;
+        Ok((command, Namespaces { users, _network }))
     }
 
     /// Waits until Firecracker answers; tells why it ended, where it does not.
@@ -151,27 +206,20 @@ impl Firecracker {
     }
 }
 
-/// An anonymous file.
-fn state_file() -> io::Result<File> {
-    let file = rustix::fs::memfd_create("fcvm-device-state", rustix::fs::MemfdFlags::CLOEXEC)?;
-    Ok(file.into())
-}
-
-fn copy_of(file: &File) -> Result<OwnedFd, HypervisorError> {
-    let copy = file.try_clone().map_err(setup_failed("the descriptors"))?;
-    Ok(copy.into())
-}
-
-/// Makes a descriptor of the process reachable by a name in its directory.
-fn link_descriptor(command: &mut HelperCommand, fd: OwnedFd, name: &Path) -> io::Result<()> {
-    let number = command.inherit(fd)?;
-    symlink(format!("/proc/self/fd/{number}"), name)
+/// Namespaces of a process that is being started.
+struct Namespaces {
+    /// The user namespace, where it has one of its own.
+    users: Option<OwnedFd>,
+    /// Kept until it has been entered.
+    _network: Option<OwnedFd>,
 }
 
 /// The requests that make a VM and start it, in their order.
 struct Plan {
     machine: MachineConfiguration,
-    boot: BootSource,
+    kernel: PathBuf,
+    initramfs: Option<PathBuf>,
+    boot_args: String,
     drives: Vec<Drive>,
     network: Option<NetworkInterface>,
 }
@@ -180,21 +228,16 @@ impl Plan {
     /// Refuses what Firecracker would refuse, before it is started.
     fn new(hardware: &HardwareSpec, boot: &BootSpec) -> Result<Self, HypervisorError> {
         check(hardware, MemoryMapping::Shared)?;
-        check_file(&boot.kernel, "the kernel")?;
+        check_file(&boot.kernel, KERNEL)?;
         if let Some(path) = &boot.initramfs {
-            check_file(path, "the initramfs")?;
+            check_file(path, INITRAMFS)?;
         }
         let drives = hardware.disks.iter().enumerate();
         Ok(Self {
             machine: MachineConfiguration::new(hardware.cpu_count, hardware.memory.size())?,
-            boot: BootSource {
-                kernel_image_path: text_path(&boot.kernel, "the kernel")?,
-                initrd_path: match &boot.initramfs {
-                    Some(path) => Some(text_path(path, "the initramfs")?),
-                    None => None,
-                },
-                boot_args: kernel_arguments(&hardware.disks, &boot.extra_kernel_args),
-            },
+            kernel: boot.kernel.clone(),
+            initramfs: boot.initramfs.clone(),
+            boot_args: kernel_arguments(&hardware.disks, &boot.extra_kernel_args),
             drives: drives
                 .map(|(index, disk)| Drive::new(index, disk))
                 .collect::<Result<_, _>>()?,
@@ -205,9 +248,18 @@ impl Plan {
         })
     }
 
-    async fn carry_out(&self, api: &ApiClient) -> Result<(), HypervisorError> {
+    async fn carry_out(&self, vm: &FirecrackerVm) -> Result<(), HypervisorError> {
+        let api = &vm.api;
+        let boot = BootSource {
+            kernel_image_path: vm.place.shown(&self.kernel, "kernel", KERNEL)?,
+            initrd_path: match &self.initramfs {
+                Some(path) => Some(vm.place.shown(path, "initramfs", INITRAMFS)?),
+                None => None,
+            },
+            boot_args: self.boot_args.clone(),
+        };
         put(api, "/machine-config", &self.machine).await?;
-        put(api, "/boot-source", &self.boot).await?;
+        put(api, "/boot-source", &boot).await?;
         for drive in &self.drives {
             put(api, &format!("/drives/{}", drive.drive_id), drive).await?;
         }
@@ -261,7 +313,7 @@ pub(super) fn check(
 impl FirecrackerVm {
     /// Firecracker's process id and start time.
     pub fn identity(&self) -> ProcessIdentity {
-        self.helper.identity()
+        self.identity
     }
 
     /// The owner's end of the agent channel, to which the agent connects; the first call gets it.
@@ -334,28 +386,5 @@ impl Pause for FirecrackerVm {
 
     async fn resume(&self) -> Result<(), HypervisorError> {
         self.set_state("Resumed").await
-    }
-}
-
-/// The directory of a VM's sockets, for this user alone. Dropping it removes it.
-#[derive(Debug)]
-struct Directory {
-    path: PathBuf,
-}
-
-impl Directory {
-    fn create(path: &Path) -> io::Result<Self> {
-        fs::DirBuilder::new().mode(0o700).create(path)?;
-        Ok(Self {
-            path: path.to_owned(),
-        })
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.path) {
-            tracing::debug!("cannot remove {}: {error}", self.path.display());
-        }
     }
 }

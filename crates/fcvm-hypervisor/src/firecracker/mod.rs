@@ -2,7 +2,8 @@
 //!
 //! The bodies of the requests, with the reasons for them, are in `configuration.rs`; starting and
 //! watching the process in `launch.rs`; snapshots in `snapshot.rs`; the control channel (HTTP over a
-//! Unix socket) in `api.rs`; finding the program in `probe.rs`; released programs in `release.rs`.
+//! Unix socket) in `api.rs`; finding the program in `probe.rs`; released programs in `release.rs`; what
+//! it finds in its directory in `place.rs`, and the jailer in `jail.rs`.
 //!
 //! What a VM is made of reaches Firecracker as descriptors all the same: the paths that it is told
 //! are links in the VM's own directory that lead to its inherited descriptors, so that disks need
@@ -14,13 +15,16 @@
 
 mod api;
 mod configuration;
+mod jail;
 mod launch;
+mod place;
 mod probe;
 pub mod release;
 mod snapshot;
 
 pub use configuration::DeviceLine;
-pub use launch::FirecrackerVm;
+pub use jail::{Jail, is_cgroup, remove_cgroup};
+pub use launch::{CPU_COUNT_MAX, FirecrackerVm};
 pub use probe::{Firecracker, MINIMUM_VERSION};
 pub use snapshot::{FirecrackerStandby, SavedMemory};
 

@@ -1,8 +1,13 @@
 //! Finding Firecracker: the program and its version.
 
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::NAME;
+use super::jail::Jail;
 use crate::error::HypervisorError;
 use crate::program::{self, Sought};
 use crate::version::Version;
@@ -32,6 +37,7 @@ const SOUGHT: Sought = Sought {
 pub struct Firecracker {
     program: PathBuf,
     directory: PathBuf,
+    jail: Option<Jail>,
 }
 
 impl Firecracker {
@@ -50,7 +56,71 @@ impl Firecracker {
         directory: PathBuf,
     ) -> Result<Self, HypervisorError> {
         let program = program::locate(&SOUGHT, explicit, search_path)?;
-        Ok(Self { program, directory })
+        Ok(Self {
+            program,
+            directory,
+            jail: None,
+        })
+    }
+
+    /// The same one, with another directory.
+    pub fn in_directory(self, directory: PathBuf) -> Self {
+        Self { directory, ..self }
+    }
+
+    /// Refuses a program that needs libraries, which a jail has not. Released ones need none.
+    ///
+    /// # Errors
+    ///
+    /// It does, or cannot be read.
+    pub fn check_static(&self) -> Result<(), HypervisorError> {
+        let refused = |reason: String| HypervisorError::Foreign {
+            hypervisor: NAME,
+            path: self.program.clone(),
+            reason,
+        };
+        match has_interpreter(&self.program) {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(refused(
+                "a jail needs one that is linked statically, as the released ones are".to_owned(),
+            )),
+            Err(error) => Err(refused(error.to_string())),
+        }
+    }
+
+    /// The same one, run under its jailer. The directory is then that of all jails, in a file system
+    /// that has device files; the VM has one of its own below it.
+    pub fn jailed(self, jail: Jail) -> Self {
+        Self {
+            jail: Some(jail),
+            ..self
+        }
+    }
+
+    /// How it is jailed, if it is.
+    pub(super) fn jail(&self) -> Option<&Jail> {
+        self.jail.as_ref()
+    }
+
+    /// The directory of a jailed VM, where the jailer expects it.
+    pub(super) fn jail_directory(&self) -> io::Result<PathBuf> {
+        let real = std::fs::canonicalize(&self.program)?;
+        let name = real.file_name().unwrap_or(OsStr::new(SOUGHT.name));
+        let id = self.jail.as_ref().map_or("", |jail| jail.id.as_str());
+        Ok(self.directory.join(name).join(id))
+    }
+
+    /// What a launch makes in a jail that outlives a crash of the owner: directories, and the VM's
+    /// control group, for [`remove_cgroup`](super::remove_cgroup). Empty without a jail.
+    ///
+    /// # Errors
+    ///
+    /// The program is not there any more.
+    pub fn leftovers(&self) -> io::Result<Vec<PathBuf>> {
+        match &self.jail {
+            None => Ok(Vec::new()),
+            Some(jail) => Ok(vec![jail.cgroup(), self.jail_directory()?]),
+        }
     }
 
     /// The program.
@@ -91,4 +161,28 @@ impl Firecracker {
             required: format!("from {MINIMUM_VERSION} on and before {FOREIGN_VERSION}"),
         })
     }
+}
+
+/// Whether an ELF program names an interpreter, which is how libraries are found: elf(5), 64 bit.
+fn has_interpreter(path: &Path) -> io::Result<bool> {
+    const PT_INTERP: u32 = 3;
+    let file = File::open(path)?;
+    let mut header = [0; 64];
+    if file.read_at(&mut header, 0)? < header.len() || !header.starts_with(b"\x7fELF\x02\x01") {
+        // A script's interpreter is not there either.
+        return Ok(true);
+    }
+    let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    let mut offset = [0; 8];
+    offset.copy_from_slice(&header[32..40]);
+    let (size, count) = (u64::from(half(54)), u64::from(half(56)));
+    for index in 0..count {
+        let mut kind = [0; 4];
+        let at = u64::from_le_bytes(offset).saturating_add(index * size);
+        file.read_exact_at(&mut kind, at)?;
+        if u32::from_le_bytes(kind) == PT_INTERP {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -3,13 +3,16 @@
 //! ```text
 //! DIRECTORY/v1.13.1/firecracker, jailer
 //! DIRECTORY/current -> v1.13.1
+//! DIRECTORY/.partial-XXXXXX/    until a release is whole
 //! ```
+//!
+//! Who changes the directory holds flock(2) on it, and begins by removing what a killed one has left.
 //!
 //! The server has, as the project's own does: `latest`, which redirects to `tag/vVERSION`, and
 //! `download/vVERSION/firecracker-vVERSION-ARCHITECTURE.tgz` with a `.sha256.txt` beside it. The checksum finds a
 //! damaged download; that it is the project's own is for TLS to say, or for a checksum from elsewhere.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -25,6 +28,10 @@ pub const SERVER: &str = "https://github.com/firecracker-microvm/firecracker/rel
 const PROGRAMS: [&str; 2] = ["firecracker", "jailer"];
 /// Name of the link to the version in use.
 const CURRENT: &str = "current";
+/// Name of that link until it takes the place of the one before.
+const NEW: &str = ".current.new";
+/// What names of directories begin with until they are whole.
+const PARTIAL_PREFIX: &str = ".partial-";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a server may say nothing.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
@@ -72,6 +79,12 @@ pub enum ReleaseError {
         url: String,
         /// What is wrong.
         reason: String,
+    },
+    /// Another process fetches a release into the same directory.
+    #[error("another process fetches a release of Firecracker into {}: wait for its end, and try again", directory.display())]
+    Busy {
+        /// The directory.
+        directory: PathBuf,
     },
     /// An operation on a file failed.
     #[error("cannot {action} {}: {source}", path.display())]
@@ -137,12 +150,12 @@ pub async fn fetch(
             .ok_or_else(|| ReleaseError::Version(version.clone()))?,
         None => server.latest().await?,
     };
+    let _lock = begin(directory)?;
     let target = directory.join(format!("v{version}"));
     let is_new = !PROGRAMS.iter().all(|name| target.join(name).is_file());
     if is_new {
-        fs::create_dir_all(directory).map_err(file("create", directory))?;
         let staging = tempfile::Builder::new()
-            .prefix(".partial-")
+            .prefix(PARTIAL_PREFIX)
             .tempdir_in(directory)
             .map_err(file("create a directory in", directory))?;
         let name = format!("firecracker-v{version}-{architecture}.tgz");
@@ -174,11 +187,36 @@ pub async fn fetch(
     })
 }
 
+/// Makes the directory, keeps others from changing it for as long as the value is there, and removes what
+/// one that was killed has left.
+fn begin(directory: &Path) -> Result<File> {
+    fs::create_dir_all(directory).map_err(file("create", directory))?;
+    // The directory itself is the lock: no file is left, and the kernel frees it at death.
+    let lock = File::open(directory).map_err(file("open", directory))?;
+    lock.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => ReleaseError::Busy {
+            directory: directory.to_owned(),
+        },
+        TryLockError::Error(error) => file("lock", directory)(error),
+    })?;
+    let entries = fs::read_dir(directory).map_err(file("read", directory))?;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let path = entry.path();
+        if name.starts_with(PARTIAL_PREFIX) {
+            fs::remove_dir_all(&path).map_err(file("remove", &path))?;
+        } else if name == NEW {
+            fs::remove_file(&path).map_err(file("remove", &path))?;
+        }
+    }
+    Ok(lock)
+}
+
 /// Points `current` to a version, at once.
 fn select(directory: &Path, version: &str) -> Result<()> {
     let link = directory.join(CURRENT);
-    let new = directory.join(format!(".{CURRENT}-{}", std::process::id()));
-    let _ = fs::remove_file(&new);
+    let new = directory.join(NEW);
     std::os::unix::fs::symlink(format!("v{version}"), &new).map_err(file("create", &new))?;
     fs::rename(&new, &link).map_err(file("create", &link))
 }

@@ -6,20 +6,25 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
+use fcvm_process::{HelperCommand, HelperProcess};
 use serde::Serialize;
 
 use super::configuration::NetworkInterface;
 use super::launch::{COMMAND_TIMEOUT, FirecrackerVm, MEMORY_NAME, STATE_NAME, check};
 use super::{Firecracker, NAME};
 use crate::RestoreState;
-use crate::check::text_path;
+use crate::check::setup_failed;
 use crate::error::HypervisorError;
 use crate::spec::{HardwareSpec, MemoryMapping};
 use crate::state::{DEVICE_STATE_BYTES_MAX, DeviceState, failed};
 use crate::vm::{AgentChannel, MemoryBackend};
+
+/// A program that waits until it is killed.
+const HOLDER: &str = "/bin/sleep";
 
 /// Which memory is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,19 +81,22 @@ impl FirecrackerVm {
         memory: &File,
         saved: SavedMemory,
     ) -> Result<DeviceState, HypervisorError> {
+        let (mem_file_path, _holder) = self.output(memory)?;
         let request = CreateSnapshot {
             snapshot_type: match saved {
                 SavedMemory::Full => "Full",
                 SavedMemory::Difference => "Diff",
             },
             snapshot_path: STATE_NAME,
-            // Files for this come when it runs already: it can open them as its owner's.
-            mem_file_path: format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()),
+            mem_file_path,
         };
         self.api
             .put("/snapshot/create", &request, COMMAND_TIMEOUT)
             .await
             .map_err(|error| refused("saved", error))?;
+        self.place
+            .take_out(memory)
+            .map_err(|error| failed("saved", error.to_string()))?;
         let read = || {
             let length = self.state.metadata()?.len();
             let length = length.min(DEVICE_STATE_BYTES_MAX + 1);
@@ -99,6 +107,31 @@ impl FirecrackerVm {
         };
         let bytes = read().map_err(|error: io::Error| failed("saved", error.to_string()))?;
         DeviceState::from_bytes(bytes)
+    }
+
+    /// The name by which it can write to a file that has come when it ran already, and who has the file for
+    /// it: that is its owner's where it may look at its owner, which is in no other user namespace.
+    fn output(&self, memory: &File) -> Result<(String, Option<HelperProcess>), HypervisorError> {
+        if let Some(name) = self
+            .place
+            .output(memory)
+            .map_err(setup_failed("a file for the memory"))?
+        {
+            return Ok((name, None));
+        }
+        let path = |pid: i32, number: RawFd| format!("/proc/{pid}/fd/{number}");
+        let Some(users) = &self.users else {
+            let pid = rustix::process::getpid().as_raw_nonzero().get();
+            return Ok((path(pid, memory.as_raw_fd()), None));
+        };
+        let hold = || {
+            let mut command = HelperCommand::new("holder", Path::new(HOLDER));
+            command.arg("infinity").namespaces(vec![users.try_clone()?]);
+            let number = command.inherit(memory.try_clone()?.into())?;
+            let holder = command.spawn()?;
+            Ok((path(holder.identity().pid, number), Some(holder)))
+        };
+        hold().map_err(setup_failed("who holds a file for it"))
     }
 }
 
@@ -153,7 +186,12 @@ impl FirecrackerStandby {
         let (backend_type, backend_path) = match memory {
             MemoryBackend::File => ("File", MEMORY_NAME.to_owned()),
             MemoryBackend::Uffd(socket) => {
-                ("Uffd", text_path(socket, "the memory server's socket")?)
+                let name = "memory.sock";
+                let socket = self
+                    .vm
+                    .place
+                    .shown(socket, name, "the memory server's socket")?;
+                ("Uffd", socket)
             }
         };
         let file = &self.vm.state;

@@ -274,7 +274,7 @@ fn network(network: &NetworkSpec) -> Result<Network, HypervisorError> {
             forwards: forwards.clone(),
             ipv6: *ipv6,
         },
-        NetworkBackend::Tap { name } => {
+        NetworkBackend::Tap { name, .. } => {
             return Err(HypervisorError::InvalidSpec {
                 what: format!("the tap device '{name}'"),
                 reason: "QEMU is given its network as a descriptor".to_owned(),

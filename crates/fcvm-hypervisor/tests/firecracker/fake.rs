@@ -23,6 +23,40 @@ pub(crate) const AGENT_TEXT: &[u8] = b"the agent is there";
 pub(crate) const FULL_MEMORY: &[u8] = b"all memory, from the beginning";
 /// What it writes of what is in memory, or was written to.
 pub(crate) const DIRTY_MEMORY: &[u8] = b"some";
+/// What the jailer tells Firecracker by itself.
+const JAILED_ARGUMENTS: &str =
+    "--id 0123abcd --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-time-us 1 ";
+/// A stand-in for the jailer, as strict: it takes what the real one takes, lays the program in and runs
+/// it there. It stays who it is and sees all of the host, which the tests look into the jail by.
+pub(crate) const JAILER: &str = r#"#!/bin/sh
+fail() { echo "Error: $1" >&2; exit 1; }
+arguments="$*"
+while [ $# -gt 0 ]; do
+    case $1 in
+    --id) id=$2 ;;
+    --exec-file) program=$2 ;;
+    --uid) uid=$2 ;;
+    --gid) gid=$2 ;;
+    --chroot-base-dir) base=$2 ;;
+    --netns) [ -e "$2" ] || fail "FileOpen($2)" ;;
+    --cgroup-version) [ "$2" = 2 ] || fail "CgroupInvalidVersion" ;;
+    --parent-cgroup) [ "$2" = fcvm ] || fail "CgroupInvalidParentPath" ;;
+    --cgroup) case $2 in *=*=* | *=) fail "CgroupFormat" ;; *.*=*) ;; *) fail "CgroupFormat" ;; esac ;;
+    --) shift; break ;;
+    *) fail "ArgumentParsing(UnexpectedArgument($1))" ;;
+    esac
+    shift 2
+done
+[ -n "$uid" ] && [ -n "$gid" ] || fail "ArgumentParsing(MissingArgument)"
+[ -d "$base" ] || fail "Canonicalize($base)"
+name=${program##*/} root=$base/${program##*/}/$id/root
+mkdir -p "$root" && cd "$root" || fail "CreateDir"
+echo "$arguments" >jailer-arguments
+cp "$program" "$name" || fail "Copy"
+[ ! -e dev ] || fail "MknodDev(EEXIST)"
+mkdir dev run
+exec "./$name" --id "$id" --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-time-us 1 "$@"
+"#;
 /// Name of the ignored test that is the fake.
 const ENTRY: &str = "fake_firecracker";
 
@@ -90,15 +124,19 @@ pub(crate) fn write_program(path: &Path, script: &str) {
 pub(crate) fn main() {
     let variable = |name: &str| std::env::var(name).unwrap_or_default();
     let arguments = variable("FAKE_ARGUMENTS");
-    assert_eq!(
-        arguments,
-        "--api-sock api --id fcvm --log-path /proc/self/fd/2 --level Warning"
-    );
+    match arguments.strip_prefix(JAILED_ARGUMENTS) {
+        Some(own) => assert_eq!(own, "--api-sock api --level Warning"),
+        None => assert_eq!(
+            arguments,
+            "--api-sock api --id fcvm --log-path /proc/self/fd/2 --level Warning"
+        ),
+    }
     let listener = listen(variable("FAKE_LATE") == "true");
     let mut machine = Machine {
         version: variable("FAKE_VERSION"),
         fault: variable("FAKE_FAULT"),
         faulty: variable("FAKE_REQUEST"),
+        jailed: arguments.starts_with(JAILED_ARGUMENTS),
         ..Machine::default()
     };
     for stream in listener.incoming() {
@@ -124,6 +162,8 @@ struct Machine {
     version: String,
     fault: String,
     faulty: String,
+    /// Nothing is there but what is in its directory.
+    jailed: bool,
     configured: BTreeSet<String>,
     memory_mib: u64,
     state: State,
@@ -206,6 +246,9 @@ impl Machine {
         let body: Value = serde_json::from_str(body).map_err(|error| {
             format!("An error occurred when deserializing the json body of a request: {error}.")
         })?;
+        if self.jailed && body.to_string().contains("\":\"/") {
+            return Err("No such file or directory (os error 2)".into());
+        }
         match (method, parts.as_slice()) {
             ("PUT", ["actions"]) => self.act(&body),
             ("PATCH", ["vm"]) => self.change_state(&body),

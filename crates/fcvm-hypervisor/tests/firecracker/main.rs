@@ -4,6 +4,7 @@
 #[path = "../qemu/elf.rs"]
 mod elf;
 mod fake;
+mod jail;
 mod real;
 
 use std::fs::{self, File};
@@ -383,6 +384,7 @@ async fn a_tap_device_that_is_missing_is_told() {
     spec.hardware.network = Some(NetworkSpec {
         backend: NetworkBackend::Tap {
             name: "fcvm-gone0".to_owned(),
+            namespaces: Vec::new(),
         },
         mac: [2, 0, 0, 0, 0, 1],
         announce: false,
@@ -420,18 +422,24 @@ fn begins_with(file: &File, bytes: &[u8]) {
     assert_eq!(file.metadata().unwrap().len(), MEMORY_BYTES);
 }
 
-/// Hardware of a clone of what [`Place::spec`] makes, in another directory.
+/// Hardware of a clone of what [`Place::spec`] makes, and the reading end of its console.
+fn clone_hardware(place: &Place, memory: &File) -> (HardwareSpec, File) {
+    let (mut spec, console) = place.spec();
+    let memory = memory.try_clone().unwrap();
+    spec.hardware.memory = GuestMemory::copy_on_write(memory.into()).unwrap();
+    (spec.hardware, console)
+}
+
+/// A process for a clone, in another directory.
 async fn prepare(
     place: &Place,
     name: &str,
     memory: &File,
 ) -> Result<FirecrackerStandby, HypervisorError> {
-    let (mut spec, _console) = place.spec();
-    let memory = memory.try_clone().unwrap();
-    spec.hardware.memory = GuestMemory::copy_on_write(memory.into()).unwrap();
+    let (hardware, _console) = clone_hardware(place, memory);
     Firecracker::locate(Some(&place.program), "", place.path(name))
         .unwrap()
-        .prepare(spec.hardware)
+        .prepare(hardware)
         .await
 }
 

@@ -1,0 +1,251 @@
+//! The directory that Firecracker works in: its sockets, and the files that it is told by name.
+//!
+//! | | without a jail | with one |
+//! |---|---|---|
+//! | disks, the memory of another | links to inherited descriptors | hard links; copies of memory |
+//! | other files | where they are | hard links, copies where a link cannot be |
+//! | sockets of others | where they are | hard links |
+//!
+//! A link needs nothing of what it leads to but the file, so a disk that has no name gets one in the
+//! jail. Files that a VM only reads may be those of others too: the jails' group is let read them.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{
+    DirBuilderExt, FileExt, MetadataExt, PermissionsExt, chown, fchown, symlink,
+};
+use std::path::{Path, PathBuf};
+
+use fcvm_process::HelperCommand;
+use fcvm_types::guest::AGENT_VSOCK_PORT;
+use rustix::fs::{AtFlags, CWD, MemfdFlags, SeekFrom};
+use tokio::net::UnixListener;
+
+use super::Firecracker;
+use super::configuration::VSOCK_NAME;
+use super::jail::{Jail, remove_cgroup};
+use crate::check::text_path;
+use crate::error::HypervisorError;
+
+/// Name of the file that memory is saved to in a jail.
+const MEMORY_OUT: &str = "memory.out";
+/// Bytes copied at a time.
+const COPY_BYTES: usize = 128 << 10;
+
+/// The directory of a VM, for Firecracker's user alone. Dropping it removes it.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// What Firecracker works in; its root where it is jailed.
+    path: PathBuf,
+    jail: Option<Jail>,
+    /// What dropping removes.
+    made: PathBuf,
+}
+
+impl Place {
+    pub(super) fn create(firecracker: &Firecracker) -> io::Result<Self> {
+        let (path, made) = match firecracker.jail() {
+            None => (
+                firecracker.directory().to_owned(),
+                firecracker.directory().to_owned(),
+            ),
+            Some(_) => {
+                let made = firecracker.jail_directory()?;
+                (made.join("root"), made)
+            }
+        };
+        let mut builder = fs::DirBuilder::new();
+        builder.mode(0o700);
+        if let Some(parent) = made.parent()
+            && firecracker.jail().is_some()
+        {
+            builder.recursive(true).create(parent)?;
+        }
+        // What is there already is another's, which the value below would remove.
+        builder.recursive(false).create(&made)?;
+        let place = Self {
+            jail: firecracker.jail().cloned(),
+            path,
+            made,
+        };
+        if place.path != place.made {
+            builder.create(&place.path)?;
+        }
+        Ok(place)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the agent connects to.
+    pub(super) fn bind_agent(&self) -> io::Result<UnixListener> {
+        let path = self.path.join(format!("{VSOCK_NAME}_{AGENT_VSOCK_PORT}"));
+        let listener = UnixListener::bind(&path)?;
+        if let Some(jail) = &self.jail {
+            chown(&path, Some(jail.user), Some(jail.group))?;
+        }
+        Ok(listener)
+    }
+
+    /// Makes a file reachable by a name: one that it only reads, or one that is its own.
+    pub(super) fn add(
+        &self,
+        command: &mut HelperCommand,
+        file: File,
+        read_only: bool,
+        name: &str,
+    ) -> io::Result<()> {
+        let path = self.path.join(name);
+        match &self.jail {
+            None => {
+                let number = command.inherit(OwnedFd::from(file))?;
+                symlink(format!("/proc/self/fd/{number}"), path)
+            }
+            Some(jail) if read_only => share(&file, &path, jail.group),
+            Some(jail) => {
+                link(&file, &path)?;
+                fchown(&file, Some(jail.user), None)
+            }
+        }
+    }
+
+    /// Makes an empty file that it reads and writes, and the owner too.
+    pub(super) fn add_state(&self, command: &mut HelperCommand, name: &str) -> io::Result<File> {
+        if let Some(jail) = &self.jail {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(self.path.join(name))?;
+            fchown(&file, Some(jail.user), None)?;
+            return Ok(file);
+        }
+        let file = rustix::fs::memfd_create("fcvm-device-state", MemfdFlags::CLOEXEC)?;
+        let file = File::from(file);
+        self.add(command, file.try_clone()?, false, name)?;
+        Ok(file)
+    }
+
+    /// The name of a file for Firecracker, which reads it.
+    pub(super) fn shown(
+        &self,
+        path: &Path,
+        name: &str,
+        what: &'static str,
+    ) -> Result<String, HypervisorError> {
+        let Some(jail) = &self.jail else {
+            return text_path(path, what);
+        };
+        let laid_in = || {
+            let target = self.path.join(name);
+            let is_file = fs::metadata(path)?.is_file();
+            match is_file {
+                true => share(&File::open(path)?, &target, jail.group),
+                // A socket, whose owner has let the VM's user use it.
+                false => fs::hard_link(path, &target),
+            }
+        };
+        laid_in().map_err(|error| refused(what, path, &error))?;
+        Ok(name.to_owned())
+    }
+
+    /// In a jail, the name of a file that has what `memory` has; Firecracker writes to it.
+    pub(super) fn output(&self, memory: &File) -> io::Result<Option<String>> {
+        let Some(jail) = &self.jail else {
+            return Ok(None);
+        };
+        let path = self.path.join(MEMORY_OUT);
+        let file = File::create_new(&path)?;
+        sparse_copy(memory, &file)?;
+        fchown(&file, Some(jail.user), None)?;
+        Ok(Some(MEMORY_OUT.to_owned()))
+    }
+
+    /// Copies what Firecracker has written to that file, and removes it.
+    pub(super) fn take_out(&self, memory: &File) -> io::Result<()> {
+        if self.jail.is_none() {
+            return Ok(());
+        }
+        let path = self.path.join(MEMORY_OUT);
+        sparse_copy(&File::open(&path)?, memory)?;
+        fs::remove_file(path)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.made) {
+            tracing::debug!("cannot remove {}: {error}", self.made.display());
+        }
+        if let Some(jail) = &self.jail
+            && let Err(error) = remove_cgroup(&jail.cgroup())
+        {
+            tracing::debug!("cannot remove {}: {error}", jail.cgroup().display());
+        }
+    }
+}
+
+fn refused(what: &str, path: &Path, error: &io::Error) -> HypervisorError {
+    HypervisorError::InvalidSpec {
+        what: format!("{what} {} in a jail", path.display()),
+        reason: error.to_string(),
+    }
+}
+
+/// Lets a group read a file by a name in the jail.
+fn share(file: &File, path: &Path, group: u32) -> io::Result<()> {
+    let allow = |file: &File| {
+        let data = file.metadata()?;
+        if data.mode() & 0o004 != 0 || (data.gid() == group && data.mode() & 0o040 != 0) {
+            return Ok(());
+        }
+        fchown(file, None, Some(group))?;
+        file.set_permissions(fs::Permissions::from_mode((data.mode() | 0o040) & 0o7777))
+    };
+    if allow(file).and_then(|()| link(file, path)).is_ok() {
+        return Ok(());
+    }
+    // Another file system, or one that nothing can be changed in.
+    let copy = File::create_new(path)?;
+    if rustix::fs::ioctl_ficlone(&copy, file).is_err() {
+        sparse_copy(file, &copy)?;
+    }
+    allow(&copy)
+}
+
+/// Copies the parts of a file that are no holes.
+fn sparse_copy(from: &File, to: &File) -> io::Result<()> {
+    let length = from.metadata()?.len();
+    to.set_len(length)?;
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut at = 0;
+    while let Ok(start) = rustix::fs::seek(from, SeekFrom::Data(at)) {
+        let end = rustix::fs::seek(from, SeekFrom::Hole(start))?;
+        at = start;
+        while at < end {
+            let wanted = usize::try_from(end - at).map_or(COPY_BYTES, |left| left.min(COPY_BYTES));
+            from.read_exact_at(&mut buffer[..wanted], at)?;
+            to.write_all_at(&buffer[..wanted], at)?;
+            at += wanted as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Gives a file another name, or the first where it was made without one.
+fn link(file: &File, path: &Path) -> io::Result<()> {
+    let number = std::os::fd::AsRawFd::as_raw_fd(&file.as_fd());
+    let from = format!("/proc/self/fd/{number}");
+    let linked = rustix::fs::linkat(CWD, from, CWD, path, AtFlags::SYMLINK_FOLLOW);
+    linked.map_err(|errno| match io::Error::from(errno) {
+        error if error.kind() == io::ErrorKind::NotFound => io::Error::other(
+            "its file system has no files without a name that can get one: --jail=false starts the VM without a jail",
+        ),
+        error if error.kind() == io::ErrorKind::CrossesDevices => io::Error::other(
+            "it is in another file system than the directory of jails: --jail=false starts the VM without a jail",
+        ),
+        error => error,
+    })
+}

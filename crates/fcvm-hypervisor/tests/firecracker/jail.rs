@@ -1,0 +1,168 @@
+//! Firecracker under a jailer: what that is asked for, and what it finds.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use fcvm_hypervisor::firecracker::{Firecracker, Jail, SavedMemory};
+use fcvm_hypervisor::{
+    HypervisorError, Launch, MemoryBackend, NetworkBackend, NetworkSpec, Pause, RestoreState,
+};
+
+use crate::fake::{self, Behaviour};
+use crate::{Place, begins_with, clone_hardware, first_words, memory_file};
+
+const USER: u32 = 0x7000_0123;
+const GROUP: u32 = 0x7000_0000;
+
+/// A Firecracker in a jail; says that the test is skipped where there can be none.
+fn jailed(place: &Place, jailer: &str) -> Option<Firecracker> {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can jail");
+        return None;
+    }
+    fake::write_program(&place.path("jailer"), jailer);
+    let jail = Jail {
+        jailer: Jail::find_jailer(&place.program, "").unwrap(),
+        id: "0123abcd".to_owned(),
+        user: USER,
+        group: GROUP,
+        // The jailer itself is the first process.
+        init: (PathBuf::from("/usr/bin/env"), Vec::<OsString>::new()),
+    };
+    let firecracker = Firecracker::locate(Some(&place.program), "", place.path("jails"));
+    Some(firecracker.unwrap().jailed(jail))
+}
+
+fn root(place: &Place) -> PathBuf {
+    place.path("jails/firecracker/0123abcd/root")
+}
+
+#[tokio::test]
+async fn a_jailed_vm_has_its_files_its_user_and_its_processes() {
+    let place = Place::new(Behaviour::default());
+    let Some(firecracker) = jailed(&place, fake::JAILER) else {
+        return;
+    };
+    let leftovers = firecracker.leftovers().unwrap();
+    assert_eq!(leftovers[1], root(&place).parent().unwrap());
+    assert_eq!(leftovers[0], Path::new("/sys/fs/cgroup/fcvm/0123abcd"));
+    let secret = place.path("kernel");
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    let (spec, mut console) = place.spec();
+    let mut vm = firecracker.launch(spec).await.unwrap();
+    let channel = vm.take_agent().unwrap();
+    assert_eq!(first_words(channel).await, fake::AGENT_TEXT);
+
+    let arguments = fs::read_to_string(root(&place).join("jailer-arguments")).unwrap();
+    let expected = format!("--uid {USER} --gid {GROUP} --chroot-base-dir");
+    assert!(arguments.contains(&expected), "{arguments}");
+    let data = |name: &str| fs::metadata(root(&place).join(name)).unwrap();
+    // What others have too is the same file, and can be read by jails.
+    assert_eq!(data("kernel").ino(), fs::metadata(&secret).unwrap().ino());
+    assert_eq!(
+        (data("kernel").gid(), data("kernel").mode() & 0o777),
+        (GROUP, 0o640)
+    );
+    assert_eq!(data("disk1").uid(), USER);
+    assert_eq!(data("vsock_5252").uid(), USER);
+    // It is the process that answers, in a namespace of its own.
+    let status = fs::read_to_string(format!("/proc/{}/status", vm.identity().pid)).unwrap();
+    let numbers = status.lines().find(|line| line.starts_with("NSpid:"));
+    assert_eq!(
+        numbers.unwrap().split_whitespace().count(),
+        3,
+        "{numbers:?}"
+    );
+
+    vm.pause().await.unwrap();
+    let memory = memory_file();
+    let state = vm.save(&memory, SavedMemory::Full).await.unwrap();
+    begins_with(&memory, fake::FULL_MEMORY);
+    // A difference is written over what is there.
+    vm.save(&memory, SavedMemory::Difference).await.unwrap();
+    let rest = &fake::FULL_MEMORY[fake::DIRTY_MEMORY.len()..];
+    begins_with(&memory, &[fake::DIRTY_MEMORY, rest].concat());
+    vm.kill();
+    vm.wait_exit().await;
+    drop(vm);
+    let mut text = String::new();
+    console.read_to_string(&mut text).unwrap();
+    assert!(text.contains(fake::CONSOLE_TEXT), "{text}");
+    assert!(!root(&place).parent().unwrap().exists());
+
+    let (hardware, _console) = clone_hardware(&place, &memory);
+    let standby = firecracker.prepare(hardware).await.unwrap();
+    let clone = standby.load(&state, &MemoryBackend::File).await.unwrap();
+    assert!(!clone.is_running().await.unwrap());
+    assert!(root(&place).join("memory").exists());
+    drop(clone);
+    assert!(!root(&place).parent().unwrap().exists());
+}
+
+#[tokio::test]
+async fn the_jailer_is_told_the_networks_namespace() {
+    let place = Place::new(Behaviour::default());
+    let Some(firecracker) = jailed(&place, fake::JAILER) else {
+        return;
+    };
+    let (mut spec, _console) = place.spec();
+    let namespace = File::open("/proc/self/ns/net").unwrap();
+    spec.hardware.network = Some(NetworkSpec {
+        backend: NetworkBackend::Tap {
+            name: "fcvm-gone0".to_owned(),
+            namespaces: vec![namespace.into()],
+        },
+        mac: [2, 0, 0, 0, 0, 1],
+        announce: false,
+    });
+    // The stand-in enters none; it looks whether there is one where it is told, and for the device.
+    let error = firecracker.launch(spec).await.unwrap_err().to_string();
+    assert!(error.contains("fcvm-gone0"), "{error}");
+    assert!(!root(&place).exists());
+}
+
+#[tokio::test]
+async fn a_jailer_that_fails_is_told() {
+    let place = Place::new(Behaviour::default());
+    let script = "#!/bin/sh\necho 'Error: Failed to create the jail root directory' >&2\nexit 1\n";
+    let Some(firecracker) = jailed(&place, script) else {
+        return;
+    };
+    let (spec, _console) = place.spec();
+    let error = firecracker.launch(spec).await.unwrap_err();
+    assert!(
+        matches!(error, HypervisorError::ExitedAtStart { .. }),
+        "{error}"
+    );
+    assert_eq!(
+        error.to_string(),
+        "the VM did not start: firecracker exited with status 1: Error: Failed to create the jail root directory"
+    );
+    assert!(!root(&place).parent().unwrap().exists());
+}
+
+#[tokio::test]
+async fn what_another_jail_left_is_not_taken_over() {
+    let place = Place::new(Behaviour::default());
+    let Some(firecracker) = jailed(&place, fake::JAILER) else {
+        return;
+    };
+    let left = root(&place).parent().unwrap().to_owned();
+    fs::create_dir_all(left.join("root")).unwrap();
+    fs::write(left.join("root/vsock"), "").unwrap();
+    let (spec, _console) = place.spec();
+    let error = firecracker.launch(spec).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Setup { .. }), "{error}");
+    assert!(left.join("root/vsock").exists());
+}
+
+#[test]
+fn a_program_that_needs_libraries_cannot_be_jailed() {
+    let place = Place::new(Behaviour::default());
+    let error = place.firecracker().check_static().unwrap_err().to_string();
+    assert!(error.contains("linked statically"), "{error}");
+    assert!(Jail::find_jailer(&place.program, "/nowhere").is_none());
+}
