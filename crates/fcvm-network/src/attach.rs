@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use fcvm_process::HelperProcess;
 use fcvm_types::PortMapping;
@@ -12,6 +13,7 @@ use crate::error::NetworkError;
 use crate::host::{HostResolver, HostRoutes};
 use crate::passt::{HostLoopback, Shortcomings};
 use crate::relay::{ConnectionId, FrameRelay};
+use crate::tap::{self, Tap, TapPump};
 use crate::{passt, ports};
 
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -34,6 +36,19 @@ pub enum NetworkMode {
     Rootless,
     /// Nothing.
     None,
+}
+
+/// What the hypervisor's network card can be connected to.
+#[derive(Debug)]
+pub enum Card {
+    /// A stream socket, or the hypervisor's own user-mode network.
+    Stream,
+    /// A tap device.
+    Tap {
+        /// A command that calls [`make_tap`](crate::make_tap) with its standard input and ends, such as
+        /// the caller's own program with a hidden argument.
+        maker: Command,
+    },
 }
 
 /// What a network is set up from.
@@ -64,6 +79,9 @@ pub struct Attachment {
     /// What stands between the helper and the hypervisor, so that another hypervisor process can
     /// take the network over.
     pub relay: Option<FrameRelay>,
+    /// What stands between the relay and the tap device of a hypervisor that has one. After the relay, so
+    /// that it is dropped after it.
+    _pump: Option<TapPump>,
     /// The relay's connection that `backend` is the other end of: the current one.
     pub connection: Option<ConnectionId>,
     /// Something that the user should know.
@@ -80,6 +98,7 @@ impl Attachment {
             guest,
             helper: None,
             relay: None,
+            _pump: None,
             connection: None,
             note,
             starting: None,
@@ -112,6 +131,8 @@ pub enum Backend {
     /// A connected stream socket, by way of the attachment's relay to passt. Both end when the last
     /// copy of it is closed and no other hypervisor is connected to the relay.
     Passt(OwnedFd),
+    /// A tap device, by way of the attachment's relay to passt.
+    Tap(Tap),
     /// The hypervisor's own user-mode network.
     User {
         /// Ports that it publishes.
@@ -122,27 +143,50 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// `none`, `passt` or `user`.
+    /// `none`, `passt`, `tap` or `user`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Passt(_) => "passt",
+            Self::Tap(_) => "tap",
             Self::User { .. } => "user",
         }
     }
 }
 
-/// Sets a network up, without waiting for it: see [`Attachment::ready`]. Must be called within a
+/// Sets a network up, without waiting for what carries it: see [`Attachment::ready`]. Must be called within a
 /// tokio runtime, on a thread that outlives the network (see [`fcvm_process::HelperCommand`]).
 ///
 /// # Errors
 ///
-/// A port can not be published, or passt can not be run. Nothing is left of the network then.
-pub fn attach(mode: NetworkMode, options: &NetworkOptions) -> Result<Attachment, NetworkError> {
-    match (mode, &options.passt) {
-        (NetworkMode::None, _) => no_network(options),
-        (NetworkMode::Rootless, Some(program)) => passt_network(program, options),
-        (NetworkMode::Rootless, None) => user_network(options),
+/// A port can not be published, passt can not be run, or there can be no tap device. Nothing is left of
+/// the network then.
+pub async fn attach(
+    mode: NetworkMode,
+    options: &NetworkOptions,
+    card: Card,
+) -> Result<Attachment, NetworkError> {
+    match (mode, &options.passt, card) {
+        (NetworkMode::None, ..) => no_network(options),
+        (NetworkMode::Rootless, Some(program), Card::Stream) => {
+            let (attachment, socket) = passt_network(program, options)?;
+            Ok(Attachment {
+                backend: Backend::Passt(socket),
+                ..attachment
+            })
+        }
+        (NetworkMode::Rootless, Some(program), Card::Tap { maker }) => {
+            // Ports that cannot be published are known before anything is made.
+            let (attachment, socket) = passt_network(program, options)?;
+            let (tap, own_end) = tap::create(maker).await?;
+            Ok(Attachment {
+                backend: Backend::Tap(tap),
+                _pump: Some(TapPump::start(own_end, socket).map_err(NetworkError::Setup)?),
+                ..attachment
+            })
+        }
+        (NetworkMode::Rootless, None, Card::Stream) => user_network(options),
+        (NetworkMode::Rootless, None, Card::Tap { .. }) => Err(NetworkError::NoPasst),
     }
 }
 
@@ -153,7 +197,11 @@ fn no_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
     Ok(Attachment::without_helper(Backend::None, None, None))
 }
 
-fn passt_network(program: &Path, options: &NetworkOptions) -> Result<Attachment, NetworkError> {
+/// passt behind a relay, and the hypervisor's end of that.
+fn passt_network(
+    program: &Path,
+    options: &NetworkOptions,
+) -> Result<(Attachment, OwnedFd), NetworkError> {
     ports::check(&options.ports, options.routes.has_ipv6())?;
     let (loopback, note) = if options.ports.is_empty() {
         (HostLoopback::Hidden, None)
@@ -169,16 +217,14 @@ fn passt_network(program: &Path, options: &NetworkOptions) -> Result<Attachment,
     let _ = relay.activate(connection);
     let (helper, socket) =
         passt::start(program, &options.ports, &options.routes, &guest, loopback)?;
-    Ok(Attachment {
-        backend: Backend::Passt(hypervisor),
-        mac: GUEST_MAC,
-        guest: Some(guest),
+    let attachment = Attachment {
         helper: Some(helper),
         relay: Some(relay),
         connection: Some(connection),
-        note,
         starting: Some(socket),
-    })
+        ..Attachment::without_helper(Backend::None, Some(guest), note)
+    };
+    Ok((attachment, hypervisor))
 }
 
 fn user_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {

@@ -91,4 +91,41 @@ pub enum NetworkError {
         /// How long was waited, in seconds.
         timeout_s: u64,
     },
+    /// A network by way of a tap device without passt.
+    #[error(
+        "the VM's network needs passt, which was not found: install the package passt, or choose --hypervisor qemu or --network none"
+    )]
+    NoPasst,
+    /// The kernel has no tap devices.
+    #[error(
+        "the VM's network needs a tap device and there is no /dev/net/tun: load the kernel's module with 'modprobe tun', or choose --hypervisor qemu or --network none"
+    )]
+    NoTunDevice,
+    /// This user may not make tap devices.
+    #[error(
+        "the VM's network needs a tap device and this user may not open /dev/net/tun: let root run 'chmod 666 /dev/net/tun', as it is on most systems, or choose --hypervisor qemu or --network none"
+    )]
+    TunForbidden,
+    /// This user may not have a network namespace of their own.
+    #[error(
+        "the VM's network needs a namespace and this user may not make one ({source}): allow user namespaces (sysctls user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or choose --hypervisor qemu or --network none"
+    )]
+    NamespaceForbidden {
+        /// Why.
+        source: io::Error,
+    },
+    /// A tap device could not be made.
+    #[error("cannot make the VM's tap device: {what}: {source}")]
+    Tap {
+        /// The part that failed.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The process that makes the tap device does not answer.
+    #[error("cannot make the VM's tap device: nothing was heard of it for {timeout_s} s")]
+    TapSilent {
+        /// How long was waited, in seconds.
+        timeout_s: u64,
+    },
 }

@@ -278,7 +278,7 @@ fn name_servers(resolver: &HostResolver, ipv6: bool) -> Vec<IpAddr> {
 /// Asks passt for its own Ethernet address, as the guest will. It comes in one piece: passt of before
 /// August 2024 loses its place where it finds the length of a frame without the frame.
 fn ask(socket: &OwnedFd) -> std::io::Result<()> {
-    let request = arp_request(GUEST_MAC, GUEST_ADDRESS, GUEST_GATEWAY);
+    let request = arp_question();
     let length = u32::try_from(request.len()).unwrap_or(u32::MAX);
     let message = [&length.to_be_bytes()[..], &request].concat();
     // A new socket has room for all of it.
@@ -302,6 +302,11 @@ async fn wait_for_answer(socket: OwnedFd) -> std::io::Result<OwnedFd> {
             return Ok(socket.into());
         }
     }
+}
+
+/// The guest's question for passt's address.
+pub(crate) fn arp_question() -> Vec<u8> {
+    arp_request(GUEST_MAC, GUEST_ADDRESS, GUEST_GATEWAY)
 }
 
 const ETHERNET_BYTES: usize = 14;

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use fcvm_network::{
-    Attachment, Backend, HostResolver, HostRoutes, NetworkError, NetworkMode, NetworkOptions,
+    Attachment, Backend, Card, HostResolver, HostRoutes, NetworkError, NetworkMode, NetworkOptions,
     attach, find_passt,
 };
 use fcvm_types::record::ProcessIdentity;
@@ -35,7 +35,9 @@ fn options(passt: PathBuf, ports: &[String]) -> NetworkOptions {
 
 /// A network on which frames are carried.
 async fn attached(options: &NetworkOptions) -> Attachment {
-    let mut attachment = attach(NetworkMode::Rootless, options).unwrap();
+    let mut attachment = attach(NetworkMode::Rootless, options, Card::Stream)
+        .await
+        .unwrap();
     attachment.ready().await.unwrap();
     attachment
 }
@@ -233,7 +235,9 @@ async fn taken_port_is_named() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let options = options(passt, &[format!("{port}:80")]);
-    let error = attach(NetworkMode::Rootless, &options).unwrap_err();
+    let error = attach(NetworkMode::Rootless, &options, Card::Stream)
+        .await
+        .unwrap_err();
     let text = error.to_string();
     assert!(
         text.contains(&format!("port {port} of the host is taken")),
@@ -250,7 +254,9 @@ async fn passt_that_gives_up_says_why() {
         ipv4_interface: None,
         ipv6_interface: Some("fcvm-missing".to_owned()),
     };
-    let mut attachment = attach(NetworkMode::Rootless, &options).unwrap();
+    let mut attachment = attach(NetworkMode::Rootless, &options, Card::Stream)
+        .await
+        .unwrap();
     let error = attachment.ready().await.unwrap_err();
     let text = error.to_string();
     assert!(
@@ -287,10 +293,14 @@ async fn without_passt_the_hypervisors_network_is_taken_with_a_note() {
             .unwrap()
             .contains("install the package passt")
     );
-    let error = attach(NetworkMode::None, &options).unwrap_err();
+    let error = attach(NetworkMode::None, &options, Card::Stream)
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("--network none"), "{error}");
     let nothing = NetworkOptions::default();
-    let attachment = attach(NetworkMode::None, &nothing).unwrap();
+    let attachment = attach(NetworkMode::None, &nothing, Card::Stream)
+        .await
+        .unwrap();
     assert_eq!(attachment.backend.name(), "none");
     assert!(attachment.guest.is_none() && attachment.helper.is_none());
 }

@@ -160,6 +160,9 @@ pub struct VmRecord {
     pub memory_bytes: u64,
     /// `qemu` or `firecracker`.
     pub hypervisor: String,
+    /// Why it is this one, where the user left the choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hypervisor_reason: Option<String>,
     /// `kvm` or `tcg`.
     pub accelerator: String,
     /// `rootless` or `none`; with the backend: `rootless (passt)`.

@@ -67,6 +67,8 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<u8> {
         }
         Command::Prepare(arguments) => commands::prepare::run(context, *arguments).await,
         Command::ProbeGuest => commands::setup::probe_guest(),
+        Command::JailInit { command } => commands::setup::jail_init(&command),
+        Command::MakeTap => commands::setup::make_tap(),
         Command::Owner { clone: false } => commands::run::owner(context).await,
         Command::Owner { clone: true } => commands::clones::owner(context).await,
         Command::Snapshot(command) => commands::snapshot::run(context, command).await,

@@ -222,6 +222,34 @@ fn the_memory_of_a_snapshot_is_served_and_its_working_set_kept() {
 }
 
 #[test]
+fn stats_tell_what_servers_do() {
+    if !is_possible() {
+        return;
+    }
+    let lab = Lab::new();
+    let stats = || -> serde_json::Value {
+        let output = lab
+            .fcvm(&["stats", "--memory", "--no-stream", "--format", "json"])
+            .output()
+            .unwrap();
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    assert_eq!(stats(), serde_json::json!([]));
+    let serving = lab.serve(&[]);
+    let clone = client(&serving);
+    let told = stats();
+    assert_eq!(told[0]["server_pid"], serving.child.id());
+    let served = &told[0]["served"][0];
+    assert_eq!(served["pid"], clone.id());
+    assert_eq!(served["statistics"]["faults"], PAGES);
+    assert!(served["vm"].is_null());
+    let output = lab.fcvm(&["stats", "--memory", "--no-stream"]).output();
+    let table = String::from_utf8(output.unwrap().stdout).unwrap();
+    assert!(table.contains("(0 ended)"), "{table}");
+    serving.signal(SIGTERM);
+}
+
+#[test]
 fn a_killed_server_is_noticed_and_its_socket_swept() {
     if !is_possible() {
         return;

@@ -30,6 +30,7 @@ use std::thread::JoinHandle;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::sync::watch;
 
+pub(crate) use buffer::{FRAME_BYTES_MAX, FrameBuffer, LENGTH_BYTES};
 use thread::Shared;
 
 /// Stack of the relay's thread: its deepest call holds the headers of one batch of frames.

@@ -173,6 +173,16 @@ pub(crate) enum Command {
     /// The throw-away guest that shows whether KVM runs guests
     #[command(hide = true)]
     ProbeGuest,
+    /// The first process of a jail's PID namespace
+    #[command(hide = true)]
+    JailInit {
+        /// What it runs
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<std::ffi::OsString>,
+    },
+    /// What makes the tap device of a VM of Firecracker; standard input is the channel to its owner
+    #[command(hide = true)]
+    MakeTap,
     /// Kernels, and hosts that are tuned for VMs
     #[command(subcommand)]
     Kernel(kernel::KernelCommand),
@@ -402,6 +412,9 @@ pub(crate) struct StatsArguments {
     /// Form of the output
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: Format,
+    /// Tell what memory servers do for the VMs whose memory they have ('fcvm snapshot serve-memory')
+    #[arg(long, conflicts_with = "vms")]
+    pub(crate) memory: bool,
     /// Names, ids or owner PIDs of VMs [default: all running]
     pub(crate) vms: Vec<String>,
 }

@@ -13,7 +13,8 @@ use super::Format;
         fcvm run --rm debian:bookworm uname -a\n  \
         fcvm run -it --rm debian:bookworm bash\n  \
         fcvm run -d --name web -p 127.0.0.1:8080:80 -e MODE=test IMAGE\n  \
-        fcvm run --cpus 2 -m 1g --network none IMAGE ./untrusted")]
+        fcvm run --cpus 2 -m 1g --network none IMAGE ./untrusted\n  \
+        sudo fcvm run --hypervisor firecracker --jail IMAGE ./untrusted")]
 pub(crate) struct RunArguments {
     /// Name of the VM and, unless --hostname is given, of the guest
     #[arg(long, value_name = "NAME", value_parser = super::parse_vm_name)]
@@ -72,6 +73,11 @@ pub(crate) struct RunArguments {
     /// Name servers of the guest [default: the host's]
     #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
     pub(crate) dns: Vec<std::net::IpAddr>,
+    /// Run Firecracker under its jailer: with a user, a file system and processes of the VM's own, and
+    /// limits of its memory, processes and processor time; needs root [default: where root runs
+    /// Firecracker and the jailer is there]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Machine")]
+    pub(crate) jail: Option<bool>,
     /// Directory of the host in the guest (not in this version)
     #[arg(short, long, alias = "map", value_name = "HOST:GUEST", hide = true)]
     pub(crate) volume: Vec<String>,
@@ -220,11 +226,11 @@ pub(crate) enum NetworkMode {
 /// `--hypervisor`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 pub(crate) enum HypervisorChoice {
-    /// QEMU, which has everything of this version
+    /// Firecracker where KVM is usable, it is installed and it has what is asked for, else QEMU
     Auto,
     /// QEMU microvm
     Qemu,
-    /// Firecracker: with KVM; no network yet
+    /// Firecracker: with KVM
     Firecracker,
 }
 

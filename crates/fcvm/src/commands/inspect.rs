@@ -32,6 +32,7 @@ fn vm(store: &StateStore, record: &VmRecord) -> Value {
         .collect();
     let mut value = super::ls::json_row(record);
     let more = json!({
+        "hypervisor_reason": record.hypervisor_reason,
         "terminal": record.terminal,
         "remove_on_exit": record.remove_on_exit,
         "stop_signal": record.stop_signal,

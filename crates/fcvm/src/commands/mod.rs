@@ -11,6 +11,7 @@ pub(crate) mod kernel;
 pub(crate) mod lifecycle;
 pub(crate) mod logs;
 pub(crate) mod ls;
+mod memory_stats;
 pub(crate) mod pool;
 pub(crate) mod preflight;
 pub(crate) mod prepare;

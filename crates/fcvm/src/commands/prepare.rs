@@ -80,6 +80,7 @@ fn as_run(arguments: PrepareArguments) -> RunArguments {
         on_fork: None,
         standby: 0,
         publish: Vec::new(),
+        jail: None,
         dns: Vec::new(),
         volume: Vec::new(),
         cidfile: None,

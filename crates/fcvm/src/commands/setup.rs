@@ -233,3 +233,27 @@ pub(crate) fn probe_guest() -> anyhow::Result<u8> {
     fcvm_hypervisor::probe::run_probe_guest();
     Ok(crate::EXIT_SUCCESS)
 }
+
+/// `fcvm make-tap`: what the owner of a VM starts, as a process of one thread can enter namespaces.
+pub(crate) fn make_tap() -> anyhow::Result<u8> {
+    fcvm_network::make_tap(std::io::stdin()).context("this command is for fcvm's own use")?;
+    Ok(crate::EXIT_SUCCESS)
+}
+
+/// `fcvm jail-init`: runs a command to its end, as the process with which a PID namespace ends.
+pub(crate) fn jail_init(command: &[std::ffi::OsString]) -> anyhow::Result<u8> {
+    use std::os::unix::process::ExitStatusExt as _;
+    let (program, arguments) = command.split_first().context("there is nothing to run")?;
+    let status = Command::new(program)
+        .args(arguments)
+        .status()
+        .with_context(|| format!("cannot run {}", Path::new(program).display()))?;
+    if let Some(signal) = status.signal() {
+        // Nobody can send the first process of a namespace this signal from within.
+        bail!("firecracker was ended by signal {signal}");
+    }
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(1))
+}

@@ -30,6 +30,9 @@ struct Sample {
 }
 
 pub(crate) async fn run(context: &Context, arguments: &StatsArguments) -> anyhow::Result<u8> {
+    if arguments.memory {
+        return memory(context, arguments).await;
+    }
     let store = context.state()?;
     let mut before = sample(&store, &arguments.vms).await?;
     let interval = if arguments.no_stream {
@@ -45,6 +48,28 @@ pub(crate) async fn run(context: &Context, arguments: &StatsArguments) -> anyhow
             return Ok(crate::EXIT_SUCCESS);
         }
         before = after;
+    }
+}
+
+/// What memory servers do, once or again and again.
+async fn memory(context: &Context, arguments: &StatsArguments) -> anyhow::Result<u8> {
+    loop {
+        clear(arguments);
+        super::memory_stats::print(context, arguments.format)?;
+        if arguments.no_stream {
+            return Ok(crate::EXIT_SUCCESS);
+        }
+        tokio::time::sleep(Duration::from_secs(arguments.interval.into())).await;
+    }
+}
+
+/// A terminal shows one table after the other in the same place.
+fn clear(arguments: &StatsArguments) {
+    use std::io::IsTerminal;
+    let is_table = arguments.format == Format::Table;
+    if is_table && !arguments.no_stream && std::io::stdout().is_terminal() {
+        // Home and clear, as top does.
+        print!("\x1b[H\x1b[J");
     }
 }
 
@@ -161,11 +186,7 @@ fn print(before: &[Sample], after: &[Sample], arguments: &StatsArguments) -> any
         println!("{}", serde_json::to_string_pretty(&rows)?);
         return Ok(());
     }
-    use std::io::IsTerminal;
-    if !arguments.no_stream && std::io::stdout().is_terminal() {
-        // Home and clear, as top does.
-        print!("\x1b[H\x1b[J");
-    }
+    clear(arguments);
     let columns = [
         "ID",
         "NAME",

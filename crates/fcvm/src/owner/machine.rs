@@ -4,9 +4,10 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::firecracker::{Firecracker, release};
+use fcvm_hypervisor::firecracker::{Firecracker, Jail, release};
 use fcvm_hypervisor::qemu::Qemu;
 use fcvm_hypervisor::spec::{TRANSLATION_CACHE_BOOT, TRANSLATION_CACHE_CLONE};
 use fcvm_hypervisor::{
@@ -14,11 +15,11 @@ use fcvm_hypervisor::{
     HypervisorKind, Launch, LaunchSpec, NetworkBackend, NetworkSpec, RestoreState, Standby, Vm,
 };
 use fcvm_memory::page_file::anonymous_file;
-use fcvm_network::{Attachment, Backend, HostResolver, HostRoutes, NetworkOptions};
+use fcvm_network::{Attachment, Backend, Card, HostResolver, HostRoutes, NetworkOptions};
 use fcvm_storage::{Disk, DiskStore, Layer, LayerFormat, ScratchStore};
-use fcvm_types::ByteSize;
 use fcvm_types::guest::{ROOT_DISK_SERIAL, SCRATCH_DISK_SERIAL};
 use fcvm_types::record::{ProcessIdentity, Resource};
+use fcvm_types::{ByteSize, VmId};
 use rustix::pipe::PipeFlags;
 
 use super::log::{console_tail, spawn_console};
@@ -29,6 +30,9 @@ use crate::context::Context;
 use crate::disks::Disks;
 use crate::template::{Template, TemplateMemory};
 
+/// The group of jails. The users of jails are the 2^24 numbers after it: far above what hosts give to
+/// people, services and containers.
+const JAIL_GROUP: u32 = 0x7000_0000;
 /// Name of the directory of the hypervisor's own sockets, below the VM's.
 const HYPERVISOR_DIRECTORY: &str = "vm";
 /// Lines of the console shown when a guest does not come up.
@@ -157,7 +161,7 @@ pub(super) async fn assemble(
         )?),
     };
     watch.lap("disks");
-    let (network, interface) = connect(context, spec, entry, accelerator)?;
+    let (network, interface) = connect(context, spec, entry, accelerator).await?;
     watch.lap("network");
     let (console, console_write) = console(entry)?;
     let memory = GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
@@ -226,7 +230,7 @@ pub(super) async fn prepare_clone(
         None => None,
     };
     watch.lap("disks");
-    let (network, interface) = connect(context, spec, entry, accelerator)?;
+    let (network, interface) = connect(context, spec, entry, accelerator).await?;
     watch.lap("network");
     let (console, console_write) = console(entry)?;
     let (memory, baseline) = clone_memory(template.memory, spec.memory_bytes)?;
@@ -279,11 +283,11 @@ fn clone_memory(
     Ok((memory, baseline))
 }
 
-fn hypervisor(context: &Context, spec: &VmSpec, entry: &Entry) -> anyhow::Result<Hypervisor> {
+fn hypervisor(context: &Context, spec: &VmSpec, entry: &mut Entry) -> anyhow::Result<Hypervisor> {
     Ok(match spec.hypervisor {
         HypervisorKind::Qemu => Hypervisor::Qemu(qemu(context)?),
         HypervisorKind::Firecracker => {
-            Hypervisor::Firecracker(firecracker(context, &entry.paths.runtime)?)
+            Hypervisor::Firecracker(firecracker_of(context, spec, entry)?)
         }
     })
 }
@@ -309,13 +313,13 @@ fn console(entry: &Entry) -> anyhow::Result<(tokio::task::JoinHandle<()>, OwnedF
 
 /// Starts the network, which is waited for later, and enters it in the record; gives its guard and
 /// the hypervisor's part.
-fn connect(
+async fn connect(
     context: &Context,
     spec: &VmSpec,
     entry: &mut Entry,
     accelerator: Accelerator,
 ) -> anyhow::Result<(Attachment, Option<NetworkSpec>)> {
-    let mut network = attach_network(context, spec)?;
+    let mut network = attach_network(context, spec).await?;
     let helper = network.helper.as_ref().map(|helper| Resource::Process {
         identity: helper.identity(),
         role: "passt".to_owned(),
@@ -324,6 +328,13 @@ fn connect(
     let (shown, backend) = match std::mem::replace(&mut network.backend, Backend::None) {
         Backend::None => ("none", None),
         Backend::Passt(socket) => ("rootless (passt)", Some(NetworkBackend::Stream(socket))),
+        Backend::Tap(tap) => (
+            "rootless (passt)",
+            Some(NetworkBackend::Tap {
+                name: tap.name.to_owned(),
+                namespaces: tap.namespaces,
+            }),
+        ),
         Backend::User { forwards, ipv6 } => (
             "rootless (QEMU user network)",
             Some(NetworkBackend::User { forwards, ipv6 }),
@@ -357,7 +368,7 @@ fn scratch(context: &Context, disks: &Path, size: ByteSize) -> anyhow::Result<Di
     Disk::raw(disk.file).context("cannot use the writable disk")
 }
 
-fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Attachment> {
+async fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Attachment> {
     let mode = match spec.network {
         NetworkMode::None => fcvm_network::NetworkMode::None,
         NetworkMode::Rootless => fcvm_network::NetworkMode::Rootless,
@@ -370,7 +381,11 @@ fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Attachment
         resolver: HostResolver::parse(&resolv_conf),
         routes: HostRoutes::read(),
     };
-    let mut attachment = fcvm_network::attach(mode, &options)?;
+    let card = match spec.hypervisor {
+        HypervisorKind::Qemu => Card::Stream,
+        HypervisorKind::Firecracker => Card::Tap { maker: tap_maker() },
+    };
+    let mut attachment = fcvm_network::attach(mode, &options, card).await?;
     if let Some(note) = &attachment.note {
         tracing::warn!(target: "network", "{note}");
     }
@@ -380,6 +395,14 @@ fn attach_network(context: &Context, spec: &VmSpec) -> anyhow::Result<Attachment
         guest.dns_servers.clone_from(&spec.dns_servers);
     }
     Ok(attachment)
+}
+
+/// What makes a VM's tap device, in a process of its own.
+fn tap_maker() -> Command {
+    let mut maker = Command::new("/proc/self/exe");
+    // It has no data, and no environment that would say where data is.
+    maker.args(["--data-dir", "/", "make-tap"]);
+    maker
 }
 
 /// QEMU, as it is found in the search path.
@@ -397,28 +420,71 @@ pub(crate) fn firecracker(context: &Context, runtime: &Path) -> anyhow::Result<F
     Ok(Firecracker::locate(explicit, &search_path, directory)?)
 }
 
-/// Firecracker runs with KVM or not at all.
-fn firecracker_accelerator(
+/// The user of a VM's jail, by the VM's id, which is random.
+fn jail_user(id: &VmId) -> u32 {
+    const DIGITS: usize = 6;
+    JAIL_GROUP + 1 + u32::from_str_radix(&id.short()[..DIGITS], 16).unwrap_or(0)
+}
+
+/// The jailer of a Firecracker.
+pub(crate) fn jailer(context: &Context, firecracker: &Firecracker) -> anyhow::Result<PathBuf> {
+    firecracker.check_static()?;
+    let program = firecracker.program();
+    Jail::find_jailer(program, &context.search_path.to_string_lossy()).with_context(|| {
+        format!(
+            "there is no jailer beside {} nor in PATH: 'fcvm setup firecracker' fetches both",
+            program.display()
+        )
+    })
+}
+
+/// The Firecracker of a VM, in its jail where it has one; what that leaves after a crash is noted.
+fn firecracker_of(
     context: &Context,
-    choice: AcceleratorChoice,
-) -> anyhow::Result<Accelerator> {
-    let kvm = crate::commands::setup::probe(context).kvm;
-    match choice {
-        AcceleratorChoice::Tcg => bail!(
-            "--hypervisor firecracker runs with KVM only: leave out --accel tcg, or choose --hypervisor qemu"
-        ),
-        _ if !kvm.is_usable() => bail!(
-            "--hypervisor firecracker needs KVM, which is {kvm}; --hypervisor qemu works without it"
-        ),
-        _ => Ok(Accelerator::Kvm),
+    spec: &VmSpec,
+    entry: &mut Entry,
+) -> anyhow::Result<Firecracker> {
+    let firecracker = firecracker(context, &entry.paths.runtime)?;
+    if !spec.jail {
+        return Ok(firecracker);
     }
+    let jail = Jail {
+        jailer: jailer(context, &firecracker)?,
+        id: spec.id.short().to_owned(),
+        user: jail_user(&spec.id),
+        group: JAIL_GROUP,
+        init: (
+            PathBuf::from("/proc/self/exe"),
+            ["--data-dir", "/", "jail-init"].map(Into::into).to_vec(),
+        ),
+    };
+    let firecracker = firecracker
+        .in_directory(context.data_dir.join("jails"))
+        .jailed(jail);
+    for path in firecracker.leftovers().context("cannot find Firecracker")? {
+        entry.note(Resource::Path {
+            path: path.display().to_string(),
+        })?;
+    }
+    Ok(firecracker)
+}
+
+/// Firecracker runs with KVM or not at all.
+fn firecracker_accelerator(context: &Context) -> anyhow::Result<Accelerator> {
+    let kvm = crate::commands::setup::probe(context).kvm;
+    if !kvm.is_usable() {
+        bail!(
+            "--hypervisor firecracker needs KVM, which is {kvm}; --hypervisor qemu works without it"
+        );
+    }
+    Ok(Accelerator::Kvm)
 }
 
 /// The accelerator to use.
 pub(crate) fn accelerator(context: &Context, spec: &VmSpec) -> anyhow::Result<Accelerator> {
     match spec.hypervisor {
         HypervisorKind::Qemu => qemu_accelerator(context, spec.accelerator),
-        HypervisorKind::Firecracker => firecracker_accelerator(context, spec.accelerator),
+        HypervisorKind::Firecracker => firecracker_accelerator(context),
     }
 }
 

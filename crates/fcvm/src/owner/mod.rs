@@ -42,7 +42,7 @@ use crate::handover::Handover;
 use crate::signals::{Arrived, Forwarded};
 use crate::state::{StateStore, VmPaths, this_process};
 use link::{AgentLink, AgentStream};
-pub(crate) use machine::{accelerator, firecracker, qemu};
+pub(crate) use machine::{accelerator, firecracker, jailer, qemu};
 pub(crate) use request::OwnerRequest;
 use slot::MachineSlot;
 use spec::{Readiness, VmSpec};
@@ -537,6 +537,7 @@ fn first_record(spec: &VmSpec, owner: ProcessIdentity) -> VmRecord {
         cpu_count: spec.cpu_count,
         memory_bytes: spec.memory_bytes,
         hypervisor: spec.hypervisor.to_string(),
+        hypervisor_reason: spec.hypervisor_reason.clone(),
         accelerator: String::new(),
         network: String::new(),
         ports: spec.ports.clone(),

@@ -36,6 +36,12 @@ pub(crate) struct VmSpec {
     pub(crate) disk_bytes: u64,
     #[serde(default)]
     pub(crate) hypervisor: HypervisorKind,
+    /// Why it is this one, where nobody asked for it.
+    #[serde(default)]
+    pub(crate) hypervisor_reason: Option<String>,
+    /// It runs under its jailer.
+    #[serde(default)]
+    pub(crate) jail: bool,
     pub(crate) accelerator: AcceleratorChoice,
     pub(crate) network: NetworkMode,
     pub(crate) ports: Vec<PortMapping>,

@@ -351,6 +351,7 @@ pub(crate) mod tests {
             cpu_count: 1,
             memory_bytes: 1 << 28,
             hypervisor: "qemu".into(),
+            hypervisor_reason: None,
             accelerator: "tcg".into(),
             network: "none".into(),
             ports: Vec::new(),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context as _;
+use fcvm_hypervisor::firecracker::{is_cgroup, remove_cgroup};
 use fcvm_types::VmId;
 use fcvm_types::record::{Resource, VmRecord, VmState};
 
@@ -54,7 +55,9 @@ fn release(resource: &Resource) -> anyhow::Result<()> {
         }
         Resource::Path { path } => {
             let path = Path::new(path);
-            let removed = if path.is_dir() {
+            let removed = if is_cgroup(path) {
+                remove_cgroup(path)
+            } else if path.is_dir() {
                 std::fs::remove_dir_all(path)
             } else {
                 std::fs::remove_file(path)

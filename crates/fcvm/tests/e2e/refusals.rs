@@ -13,8 +13,12 @@ fn what_is_not_in_this_version_is_refused_and_never_ignored() {
         (&["--map", "/tmp:/tmp:ro"], "volumes"),
         (&["--network", "bridged"], "--network bridged"),
         (
-            &["--hypervisor", "firecracker"],
-            "a network is not in this version yet with --hypervisor firecracker",
+            &["--hypervisor", "firecracker", "--standby", "1"],
+            "--standby is not in this version yet with --hypervisor firecracker",
+        ),
+        (
+            &["--hypervisor", "qemu", "--jail"],
+            "choose --hypervisor firecracker",
         ),
         (
             &[
@@ -37,6 +41,82 @@ fn what_is_not_in_this_version_is_refused_and_never_ignored() {
         let line = lab.fails(125, verb);
         assert!(line.contains("not in this version"), "{line}");
     }
+    lab.finish();
+}
+
+#[test]
+fn firecracker_that_cannot_run_is_told() {
+    let Some(mut lab) = Lab::new() else { return };
+    let run = [
+        "run",
+        "--rm",
+        "--hypervisor",
+        "firecracker",
+        "--network",
+        "none",
+    ];
+    let run = [&run[..], &[IMAGE, "true"]].concat();
+    lab.without_program("firecracker");
+    let line = lab.fails(125, &run);
+    assert!(line.contains("Firecracker was not found"), "{line}");
+    // One that nobody gets to: on a host that runs its guests there is nothing to refuse.
+    let is_usable = lab.json(&["setup", "preflight", "--format", "json"])["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|check| {
+            check["found"]
+                .as_str()
+                .is_some_and(|found| found.starts_with("kvm:"))
+        });
+    if is_usable {
+        println!("skipped: KVM runs guests here");
+        return;
+    }
+    lab.shadow("firecracker", "echo 'Firecracker v1.17.0'");
+    let jailed = [&run[..2], &["--jail=false"], &run[2..]].concat();
+    let line = lab.fails(125, &jailed);
+    assert!(
+        line.contains("--hypervisor firecracker needs KVM, which is"),
+        "{line}"
+    );
+    // So that QEMU is taken where the choice is left, and the reason is told.
+    lab.ok(&["run", "--name", "other", "--network", "none", IMAGE, "true"]);
+    let found = lab.json(&["inspect", "other"]);
+    assert_eq!(found[0]["hypervisor"], "qemu");
+    let reason = found[0]["hypervisor_reason"].as_str().unwrap();
+    assert!(reason.starts_with("KVM is "), "{reason}");
+    lab.ok(&["rm", "other"]);
+    lab.finish();
+}
+
+#[test]
+fn a_user_who_may_not_open_kvm_is_told() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        println!("skipped: there is no /dev/kvm");
+        return;
+    }
+    let Some(mut lab) = Lab::ordinary() else {
+        return;
+    };
+    lab.shadow("firecracker", "echo 'Firecracker v1.17.0'");
+    let run = [
+        "run",
+        "--rm",
+        "--hypervisor",
+        "firecracker",
+        "--network",
+        "none",
+    ];
+    let output = lab.fcvm(&[&run[..], &[IMAGE, "true"]].concat());
+    if !output.stderr.contains("no permission") && !crate::lab::is_root() {
+        println!("skipped: this user may open /dev/kvm");
+        return;
+    }
+    let line = crate::lab::one_error(output, 125, "run");
+    assert!(line.contains("this user may not open /dev/kvm"), "{line}");
+    let line = lab.fails(125, &[&run[..], &["--jail", IMAGE, "true"]].concat());
+    assert!(line.contains("the jailer needs root"), "{line}");
     lab.finish();
 }
 

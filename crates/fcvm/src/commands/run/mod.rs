@@ -2,6 +2,7 @@
 
 pub(crate) mod capabilities;
 mod health;
+mod hypervisor;
 mod image;
 pub(crate) mod process;
 pub(super) mod warm;
@@ -23,7 +24,6 @@ use crate::errors::ExitError;
 use crate::owner::spec::{Readiness, VmSpec};
 use crate::owner::{self, Front, Stopwatch};
 use crate::state::{StateStore, random};
-use fcvm_hypervisor::HypervisorKind;
 
 /// Less does not boot a kernel with its initramfs.
 const MIN_MEMORY: ByteSize = ByteSize::from_mib(64);
@@ -89,7 +89,7 @@ pub(super) fn refuse_what_is_not_there(arguments: &RunArguments) -> anyhow::Resu
         bail!("--network bridged is not in this version yet: rootless and none are");
     }
     if arguments.start.hypervisor == HypervisorChoice::Firecracker {
-        refuse_what_firecracker_has_not(arguments)?;
+        hypervisor::refuse_what_firecracker_has_not(arguments)?;
     }
     if arguments.start.network == NetworkMode::None && !arguments.publish.is_empty() {
         bail!(
@@ -121,25 +121,6 @@ pub(super) fn refuse_what_is_not_there(arguments: &RunArguments) -> anyhow::Resu
     Ok(())
 }
 
-fn refuse_what_firecracker_has_not(arguments: &RunArguments) -> anyhow::Result<()> {
-    let refuse = |what: &str, instead: &str| {
-        bail!("{what} is not in this version yet with --hypervisor firecracker: {instead}")
-    };
-    if arguments.start.network != NetworkMode::None {
-        return refuse("a network", "give --network none, or choose qemu");
-    }
-    Ok(())
-}
-
-/// The hypervisor to use. Forks, snapshots and the network of ordinary users are QEMU's, so that it is
-/// the best one also where Firecracker would run.
-fn hypervisor(choice: HypervisorChoice) -> HypervisorKind {
-    match choice {
-        HypervisorChoice::Auto | HypervisorChoice::Qemu => HypervisorKind::Qemu,
-        HypervisorChoice::Firecracker => HypervisorKind::Firecracker,
-    }
-}
-
 pub(super) async fn make_spec(
     context: &Context,
     store: &StateStore,
@@ -147,8 +128,10 @@ pub(super) async fn make_spec(
 ) -> anyhow::Result<VmSpec> {
     let mut watch = Stopwatch::new(Vec::new());
     let kernel = super::setup::guest_kernel(context, arguments.start.kernel.as_deref())?;
-    let hypervisor = hypervisor(arguments.start.hypervisor);
-    let initramfs = super::setup::initramfs(context, &kernel, hypervisor)?;
+    let chosen = hypervisor::choose(context, arguments, &kernel)?;
+    if let Some(reason) = &chosen.reason {
+        tracing::debug!(target: "vm", "the hypervisor is {}: {reason}", chosen.kind);
+    }
     watch.lap("kernel");
     let image = image::resolve(context, &arguments.start).await?;
     image::check_zfs(&image, &kernel)?;
@@ -178,7 +161,7 @@ pub(super) async fn make_spec(
         image_digest: image::digest(&image),
         root_image,
         kernel: kernel.vmlinux.clone(),
-        initramfs,
+        initramfs: chosen.initramfs,
         stop_signal: crate::signals::parse(stop_signal)?,
         process: process::plan(config, arguments, &hostname)?,
         read_only: arguments.start.read_only,
@@ -191,7 +174,9 @@ pub(super) async fn make_spec(
         cpu_count: arguments.start.cpus,
         memory_bytes: arguments.start.memory.mib_rounded_up() << 20,
         disk_bytes: arguments.start.disk_size.mib_rounded_up() << 20,
-        hypervisor,
+        hypervisor: chosen.kind,
+        hypervisor_reason: chosen.reason,
+        jail: chosen.jail,
         accelerator: arguments.start.accel,
         network: arguments.start.network,
         ports: arguments.publish.clone(),

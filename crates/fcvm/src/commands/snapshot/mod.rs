@@ -3,7 +3,7 @@
 pub(crate) mod create;
 mod memory;
 mod serve;
-mod serve_memory;
+pub(super) mod serve_memory;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;

@@ -16,7 +16,7 @@ use crate::signals::{Arrived, Forwarded};
 use crate::state::this_process;
 
 /// How its socket begins; the process's number follows.
-pub(super) const PREFIX: &str = "serve-memory-";
+pub(in crate::commands) const PREFIX: &str = "serve-memory-";
 
 pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> anyhow::Result<u8> {
     let snapshot = context.snapshots().open(&arguments.tag)?;
