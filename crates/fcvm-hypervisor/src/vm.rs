@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::error::HypervisorError;
-use crate::firecracker::{Firecracker, FirecrackerStandby, FirecrackerVm};
+use crate::firecracker::{Counters, Firecracker, FirecrackerStandby, FirecrackerVm};
 use crate::qemu::{Qemu, QemuStandby, QemuVm};
 use crate::spec::{HardwareSpec, LaunchSpec};
 use crate::state::{DeviceLine, DeviceState};
@@ -209,6 +209,18 @@ impl Vm {
         match self {
             Self::Qemu(vm) => vm.wait_exit().await,
             Self::Firecracker(vm) => vm.wait_exit().await,
+        }
+    }
+
+    /// What has happened in it so far by the hypervisor's own counters, where it has some.
+    ///
+    /// # Errors
+    ///
+    /// The hypervisor does not answer.
+    pub async fn counters(&self) -> Result<Option<Counters>, HypervisorError> {
+        match self {
+            Self::Qemu(_) => Ok(None),
+            Self::Firecracker(vm) => vm.counters().await.map(Some),
         }
     }
 

@@ -1,5 +1,7 @@
 //! The messages that frames carry, as JSON.
 
+use std::collections::BTreeMap;
+
 use fcvm_types::guest::{
     ClonePlan, ExitStatus, GuestPlan, GuestProcess, GuestStats, ProcessPlan, TerminalSize,
 };
@@ -140,6 +142,8 @@ pub enum Outcome {
     Processes(Vec<GuestProcess>),
     /// The guest's counters.
     Stats(GuestStats),
+    /// What the hypervisor has counted, by its own names; empty where it counts nothing. An owner's answer.
+    Counters(BTreeMap<String, u64>),
     /// The status code of an HTTP probe.
     Http(u16),
     /// What a path is.

@@ -16,6 +16,7 @@ use super::configuration::{
     Action, BootSource, DeviceLine, Drive, Entropy, MachineConfiguration, NetworkInterface, VSOCK,
     VmState, kernel_arguments,
 };
+use super::metrics::{Counters, METRICS_NAME, Metrics, MetricsReader};
 use super::place::Place;
 use super::{Firecracker, NAME};
 use crate::check::{check_file, check_hardware, setup_failed};
@@ -58,6 +59,7 @@ pub struct FirecrackerVm {
     pub(super) state: File,
     /// The process's, which is not the helper's where it is jailed.
     identity: ProcessIdentity,
+    metrics: MetricsReader,
     /// The user namespace that it is in, where that is not the owner's.
     pub(super) users: Option<OwnedFd>,
     pub(super) place: Place,
@@ -110,6 +112,9 @@ impl Firecracker {
                 .add(&mut command, file, read_only, &name)
                 .map_err(setup_failed("the files"))?;
         }
+        let metrics = place
+            .add_metrics()
+            .map_err(setup_failed("the pipe for its counters"))?;
         tracing::trace!("{command:?}");
         let helper = command.spawn().map_err(|source| HypervisorError::Spawn {
             path: self.program().to_owned(),
@@ -122,16 +127,24 @@ impl Firecracker {
             // The helper is what began the VM's processes.
             Some(_) => api.server().await?,
         };
-        Ok(FirecrackerVm {
+        let vm = FirecrackerVm {
             helper,
             identity,
             api,
             agent: Some(agent),
             device_line: line,
             state,
+            metrics,
             users: network.users,
             place,
-        })
+        };
+        let metrics = Metrics {
+            metrics_path: METRICS_NAME,
+        };
+        match put(&vm.api, "/metrics", &metrics).await {
+            Ok(()) => Ok(vm),
+            Err(error) => Err(vm.explain(error).await),
+        }
     }
 
     /// The command that starts the process, and what it has to find of its network.
@@ -357,6 +370,25 @@ impl FirecrackerVm {
     /// Firecracker does not answer.
     pub async fn is_running(&self) -> Result<bool, HypervisorError> {
         Ok(self.api.state(COMMAND_TIMEOUT).await? == "Running")
+    }
+
+    /// What has happened in it so far, as Firecracker counts it.
+    ///
+    /// # Errors
+    ///
+    /// Firecracker does not answer.
+    pub async fn counters(&self) -> Result<Counters, HypervisorError> {
+        let before = self.metrics.line_count();
+        let flush = Action {
+            action_type: "FlushMetrics",
+        };
+        put(&self.api, "/actions", &flush).await?;
+        let told = tokio::time::timeout(COMMAND_TIMEOUT, self.metrics.after(before)).await;
+        told.map_err(|_| HypervisorError::Timeout {
+            hypervisor: NAME,
+            command: "FlushMetrics".to_owned(),
+            timeout_s: COMMAND_TIMEOUT.as_secs(),
+        })
     }
 
     async fn set_state(&self, state: &'static str) -> Result<(), HypervisorError> {

@@ -3,7 +3,7 @@
 //! The bodies of the requests, with the reasons for them, are in `configuration.rs`; starting and
 //! watching the process in `launch.rs`; snapshots in `snapshot.rs`; the control channel (HTTP over a
 //! Unix socket) in `api.rs`; finding the program in `probe.rs`; released programs in `release.rs`; what
-//! it finds in its directory in `place.rs`, and the jailer in `jail.rs`.
+//! it finds in its directory in `place.rs`, the jailer in `jail.rs`, and its counters in `metrics.rs`.
 //!
 //! What a VM is made of reaches Firecracker as descriptors all the same: the paths that it is told
 //! are links in the VM's own directory that lead to its inherited descriptors, so that disks need
@@ -17,6 +17,7 @@ mod api;
 mod configuration;
 mod jail;
 mod launch;
+mod metrics;
 mod place;
 mod probe;
 pub mod release;
@@ -25,6 +26,7 @@ mod snapshot;
 pub use configuration::DeviceLine;
 pub use jail::{Jail, is_cgroup, remove_cgroup};
 pub use launch::{CPU_COUNT_MAX, FirecrackerVm};
+pub use metrics::Counters;
 pub use probe::{Firecracker, MINIMUM_VERSION};
 pub use snapshot::{FirecrackerStandby, SavedMemory};
 

@@ -25,6 +25,7 @@ use tokio::net::UnixListener;
 use super::Firecracker;
 use super::configuration::VSOCK_NAME;
 use super::jail::{Jail, remove_cgroup};
+use super::metrics::{METRICS_NAME, MetricsReader};
 use crate::check::text_path;
 use crate::error::HypervisorError;
 
@@ -109,6 +110,16 @@ impl Place {
                 fchown(&file, Some(jail.user), None)
             }
         }
+    }
+
+    /// Makes the pipe for its counters, and reads that.
+    pub(super) fn add_metrics(&self) -> io::Result<MetricsReader> {
+        let path = self.path.join(METRICS_NAME);
+        let reader = MetricsReader::start(&path)?;
+        if let Some(jail) = &self.jail {
+            chown(&path, Some(jail.user), None)?;
+        }
+        Ok(reader)
     }
 
     /// Makes an empty file that it reads and writes, and the owner too.

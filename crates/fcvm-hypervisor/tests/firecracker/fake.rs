@@ -167,6 +167,7 @@ struct Machine {
     configured: BTreeSet<String>,
     memory_mib: u64,
     state: State,
+    metrics: Option<File>,
     /// The socket behind the guest's vsock, and the agent's connection.
     vsock: Option<UnixListener>,
     agent: Option<UnixStream>,
@@ -251,6 +252,7 @@ impl Machine {
         }
         match (method, parts.as_slice()) {
             ("PUT", ["actions"]) => self.act(&body),
+            ("PUT", ["metrics"]) if self.metrics.is_none() => self.metrics(&body),
             ("PATCH", ["vm"]) => self.change_state(&body),
             ("PUT", ["snapshot", "create"]) => self.create_snapshot(&body),
             ("PUT", _) if self.state != State::NotStarted => {
@@ -383,6 +385,18 @@ impl Machine {
         self.once("vsock")
     }
 
+    /// A named pipe that somebody reads already.
+    fn metrics(&mut self, body: &Value) -> Answer {
+        fields(body, &["metrics_path"], &["emit_id", "properties"])?;
+        let pipe = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(text(body, "metrics_path")?);
+        self.metrics =
+            Some(pipe.map_err(|error| format!("Cannot initialize the metrics system: {error}"))?);
+        Ok(None)
+    }
+
     fn entropy(&mut self, body: &Value) -> Answer {
         fields(body, &[], &["rate_limiter"])?;
         self.once("entropy")
@@ -391,6 +405,15 @@ impl Machine {
     fn act(&mut self, body: &Value) -> Answer {
         fields(body, &["action_type"], &[])?;
         match text(body, "action_type")? {
+            "FlushMetrics" => {
+                let line = json!({"utc_timestamp_ms": 1, "block": {"read_bytes": 4096}});
+                let pipe = self
+                    .metrics
+                    .as_mut()
+                    .ok_or("Metrics were not configured.")?;
+                writeln!(pipe, "{line}").unwrap();
+                Ok(None)
+            }
             "InstanceStart" if self.state != State::NotStarted => {
                 Err("The requested operation is not supported after starting the microVM.".into())
             }

@@ -133,6 +133,12 @@ async fn a_vm_runs_pauses_goes_on_and_is_killed() {
     vm.resume().await.unwrap();
     assert!(vm.is_running().await.unwrap());
 
+    for sum in [4096, 8192] {
+        let counters = vm.counters().await.unwrap();
+        assert_eq!(counters["block.read_bytes"], sum);
+        assert_eq!(counters.len(), 1);
+    }
+
     vm.kill();
     assert_eq!(vm.wait_exit().await.cause, ExitCause::Killed(9));
     assert_eq!(vm.next_event().await, None);
@@ -224,8 +230,9 @@ async fn another_program_or_none_is_told_from_firecracker() {
 }
 
 /// The requests of a launch.
-const REQUESTS: [&str; 9] = [
+const REQUESTS: [&str; 10] = [
     "GET /version",
+    "PUT /metrics",
     "PUT /machine-config",
     "PUT /boot-source",
     "PUT /drives/disk0",

@@ -1,5 +1,6 @@
 //! `fcvm stats`: what VMs use, seen from the guest and from the host.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use fcvm_types::ByteSize;
@@ -12,6 +13,7 @@ use crate::args::{Format, StatsArguments};
 use crate::client::Client;
 use crate::context::Context;
 use crate::output::table;
+use crate::owner::OwnerRequest;
 use crate::state::StateStore;
 
 /// Interval over which the processor's share is measured when only one print is asked for.
@@ -26,6 +28,8 @@ struct Sample {
     host_pss_bytes: u64,
     /// Processor time of those processes, nanoseconds.
     host_cpu_ns: u64,
+    /// By the hypervisor's own names; only where they are shown.
+    counters: BTreeMap<String, u64>,
     taken: tokio::time::Instant,
 }
 
@@ -34,7 +38,7 @@ pub(crate) async fn run(context: &Context, arguments: &StatsArguments) -> anyhow
         return memory(context, arguments).await;
     }
     let store = context.state()?;
-    let mut before = sample(&store, &arguments.vms).await?;
+    let mut before = sample(&store, arguments).await?;
     let interval = if arguments.no_stream {
         SINGLE_INTERVAL
     } else {
@@ -42,7 +46,7 @@ pub(crate) async fn run(context: &Context, arguments: &StatsArguments) -> anyhow
     };
     loop {
         tokio::time::sleep(interval).await;
-        let after = sample(&store, &arguments.vms).await?;
+        let after = sample(&store, arguments).await?;
         print(&before, &after, arguments)?;
         if arguments.no_stream || (after.is_empty() && !arguments.vms.is_empty()) {
             return Ok(crate::EXIT_SUCCESS);
@@ -73,7 +77,8 @@ fn clear(arguments: &StatsArguments) {
     }
 }
 
-async fn sample(store: &StateStore, names: &[String]) -> anyhow::Result<Vec<Sample>> {
+async fn sample(store: &StateStore, arguments: &StatsArguments) -> anyhow::Result<Vec<Sample>> {
+    let names = &arguments.vms;
     let records = if names.is_empty() {
         store
             .list()?
@@ -96,16 +101,29 @@ async fn sample(store: &StateStore, names: &[String]) -> anyhow::Result<Vec<Samp
         } else {
             guest_stats(store, &record).await?
         };
+        let counters = match arguments.format {
+            Format::Json => counters(store, &record).await?,
+            Format::Table => BTreeMap::new(),
+        };
         let (host_pss_bytes, host_cpu_ns) = host_use(&record);
         samples.push(Sample {
             record,
             guest,
             host_pss_bytes,
             host_cpu_ns,
+            counters,
             taken: tokio::time::Instant::now(),
         });
     }
     Ok(samples)
+}
+
+async fn counters(store: &StateStore, record: &VmRecord) -> anyhow::Result<BTreeMap<String, u64>> {
+    let client = Client::connect(store, record).await?;
+    match client.request(&OwnerRequest::Counters).await? {
+        Outcome::Counters(counters) => Ok(counters),
+        other => anyhow::bail!("the VM's owner gave an answer that makes no sense ({other:?})"),
+    }
 }
 
 async fn guest_stats(store: &StateStore, record: &VmRecord) -> anyhow::Result<Option<GuestStats>> {
@@ -258,5 +276,6 @@ fn json_row(sample: &Sample, share: f64) -> serde_json::Value {
         "host_pss_bytes": sample.host_pss_bytes,
         "host_cpu_ns": sample.host_cpu_ns,
         "guest": sample.guest,
+        "hypervisor_counters": sample.counters,
     })
 }

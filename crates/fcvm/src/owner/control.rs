@@ -161,6 +161,11 @@ impl Client {
             OwnerRequest::Kill { signal } => self.vm.kill(signal).await?,
             OwnerRequest::Pause => self.vm.pause().await?,
             OwnerRequest::Unpause => self.vm.unpause().await?,
+            OwnerRequest::Counters => {
+                let counters = self.vm.machine.get().counters().await?;
+                let counters = Outcome::Counters(counters.unwrap_or_default());
+                return self.close(id, counters).await;
+            }
         }
         self.close(id, Outcome::Done).await
     }

@@ -27,4 +27,6 @@ pub(crate) enum OwnerRequest {
     Pause,
     /// Let them go on.
     Unpause,
+    /// Tell what the hypervisor has counted.
+    Counters,
 }
