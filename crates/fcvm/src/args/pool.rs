@@ -136,15 +136,14 @@ pub(crate) enum PoolCommand {
 
 /// What a dataset does with what is written.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true, args = ["checksum", "compression"])]
 pub(crate) struct SetArguments {
     /// Dataset; it is made if need be
     pub(crate) dataset: String,
     /// Never write in place, and give every block a checksum at once
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, required_unless_present = "compression")]
     pub(crate) checksum: Option<Switch>,
     /// Compress 64 KiB at a time, with checksums and never in place; what was written before stays as it is
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, required_unless_present = "checksum")]
     pub(crate) compression: Option<CompressionName>,
 }
 
