@@ -12,8 +12,8 @@ use libfuzzer_sys::fuzz_target;
 
 /// A pool with objects, a snapshot, a clone, compressed records and a log.
 static POOL: LazyLock<(SimulatedDisk, Vec<u64>)> = LazyLock::new(|| {
-    let disk = SimulatedDisk::new(4 << 20);
-    let pool = Pool::create(Arc::new(disk.clone()), 4 << 20, [1; 16]).expect("an empty pool");
+    let disk = SimulatedDisk::new(8 << 20);
+    let pool = Pool::create(Arc::new(disk.clone()), 8 << 20, [1; 16]).expect("an empty pool");
     let name = |text: &str| text.parse().expect("a good name");
     pool.create_dataset(&name("d")).expect("a dataset");
     let object = pool.create_object(&name("d/a"), 9 << 20).expect("an object");

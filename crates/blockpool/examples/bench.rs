@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockpool::{FileDisk, Name, Object, Pool, PoolError};
+use blockpool::{Compression, DatasetOptions, FileDisk, Name, Object, Pool, PoolError};
 use support::Numbers;
 
 const OBJECT_BYTES: u64 = 1 << 30;
@@ -22,6 +22,8 @@ const POOL_BYTES: u64 = 8 << 30;
 const REWRITES: u64 = 65_536;
 const FLUSHES: u64 = 200;
 const BLOCK: u64 = 4096;
+/// What is written to see how it is compressed.
+const PACKED_MIB: u64 = 64;
 
 /// Figures by name, one of each round.
 #[derive(Default)]
@@ -107,6 +109,14 @@ fn measure_clones(
     );
     rewrite(&again?, &offsets[..1000])?;
     pool.destroy(&name("d/again"), false)?;
+    let copy = pool.create_object(&name("d/again"), OBJECT_BYTES)?;
+    let (copy_s, copied) = seconds(|| pool.clone_range(&clone, 0, &copy, 0, OBJECT_BYTES));
+    copied?;
+    figures.add(
+        "copy of it over an object of that size (cp): ms",
+        copy_s * 1e3,
+    );
+    pool.destroy(&name("d/again"), false)?;
     pool.checkpoint()?;
     let referenced = pool.object_space(&[clone.id()])?[0].referenced_bytes;
     let (destroy_s, destroyed) = seconds(|| pool.destroy(&name("d/clone"), false));
@@ -160,6 +170,84 @@ fn measure_flushes(
     pool.checkpoint()
 }
 
+/// Lines of 64 bytes, of which a quarter is noise.
+fn lines(seed: u64) -> Vec<u8> {
+    let mut numbers = Numbers(seed);
+    let mut bytes: Vec<u8> = (0..1 << 20).map(|_| numbers.next() as u8).collect();
+    for line in bytes.chunks_mut(64) {
+        line[16..].fill(b'a');
+    }
+    bytes
+}
+
+/// Names of the figures of one method: written, rewritten, read, ratio.
+const PACKED: [(Compression, [&str; 4]); 3] = [
+    (
+        Compression::Off,
+        [
+            "not compressed, written: MiB a second",
+            "not compressed, 4 KiB rewritten at random: thousands a second",
+            "not compressed, read: MiB a second",
+            "not compressed, bytes held by each of space",
+        ],
+    ),
+    (
+        Compression::Lz4,
+        [
+            "lz4, written: MiB a second",
+            "lz4, 4 KiB rewritten at random: thousands a second",
+            "lz4, read: MiB a second",
+            "lz4, bytes held by each of space",
+        ],
+    ),
+    (
+        Compression::Zstd,
+        [
+            "zstd, written: MiB a second",
+            "zstd, 4 KiB rewritten at random: thousands a second",
+            "zstd, read: MiB a second",
+            "zstd, bytes held by each of space",
+        ],
+    ),
+];
+
+fn measure_compression(pool: &Pool, figures: &mut Figures) -> Result<(), PoolError> {
+    let contents: Vec<Vec<u8>> = (0..8).map(lines).collect();
+    let content = |mebibyte: u64| &contents[mebibyte as usize % contents.len()];
+    let mut numbers = Numbers(9);
+    for (compression, [written, rewritten, read, ratio]) in PACKED {
+        let options = DatasetOptions {
+            compression,
+            ..DatasetOptions::default()
+        };
+        pool.set_options(&name("d"), options)?;
+        let object = pool.create_object(&name("d/packed"), PACKED_MIB << 20)?;
+        let (write_s, done) =
+            seconds(|| (0..PACKED_MIB).try_for_each(|at| object.write_at(content(at), at << 20)));
+        done?;
+        figures.add(written, PACKED_MIB as f64 / write_s);
+        let held = pool.object_space(&[object.id()])?[0].ratio();
+        figures.add(ratio, held.unwrap_or_default());
+        let mut buffer = vec![0; 1 << 20];
+        let (read_s, done) =
+            seconds(|| (0..PACKED_MIB).try_for_each(|at| object.read_at(&mut buffer, at << 20)));
+        done?;
+        figures.add(read, PACKED_MIB as f64 / read_s);
+        let (rewrite_s, done) = seconds(|| {
+            (0..4000).try_for_each(|_| {
+                let block = numbers.below((PACKED_MIB << 20) / BLOCK);
+                object.write_at(&content(block)[..BLOCK as usize], block * BLOCK)
+            })
+        });
+        done?;
+        figures.add(rewritten, 4.0 / rewrite_s);
+        pool.destroy(&name("d/packed"), false)?;
+        pool.set_options(&name("d"), DatasetOptions::default())?;
+        pool.checkpoint()?;
+    }
+    Ok(())
+}
+
 fn measure_open(path: &Path, figures: &mut Figures) -> Result<(), PoolError> {
     let pool = Pool::open(Arc::new(FileDisk::open(path)?))?;
     let clone = pool.clone_object(&name("d/base"), &name("d/open"))?;
@@ -206,6 +294,7 @@ fn run(directory: &Path, rounds: u64) -> Result<Figures, PoolError> {
     for round in 0..rounds {
         measure_clones(&pool, &raw, round, &mut figures)?;
         measure_flushes(&pool, &raw, round, &mut figures)?;
+        measure_compression(&pool, &mut figures)?;
     }
     drop(pool);
     for _ in 0..rounds {

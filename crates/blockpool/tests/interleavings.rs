@@ -9,7 +9,8 @@ use std::io;
 use std::sync::Arc;
 
 use blockpool::{
-    CrashChoice, Disk, Name, Object, POOL_MIN_BYTES, Pool, RECORD_BYTES, SimulatedDisk,
+    Compression, CrashChoice, DatasetOptions, Disk, Name, Object, POOL_MIN_BYTES, Pool,
+    RECORD_BYTES, SimulatedDisk,
 };
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::sync::Mutex;
@@ -97,7 +98,21 @@ fn assert_whole(pool: &Pool) {
 
 /// A clone and a snapshot have one of the values that were written, whole, and keep it; a crash keeps what was flushed.
 fn writes_against_clones() {
+    write_against_clones(Compression::Off);
+}
+
+/// The same where each write makes its records anew.
+fn packed_writes_against_clones() {
+    write_against_clones(Compression::Lz4);
+}
+
+fn write_against_clones(compression: Compression) {
     let (disk, pool, object) = pool();
+    let options = DatasetOptions {
+        compression,
+        ..DatasetOptions::default()
+    };
+    pool.set_options(&name("d"), options).unwrap();
     disk.start_recording();
     let writer = {
         let object = object.clone();
@@ -231,6 +246,11 @@ fn try_orders(test: fn()) {
 #[test]
 fn a_clone_has_a_write_whole_or_not_at_all() {
     try_orders(writes_against_clones);
+}
+
+#[test]
+fn a_clone_has_a_compressed_write_whole_or_not_at_all() {
+    try_orders(packed_writes_against_clones);
 }
 
 #[test]
