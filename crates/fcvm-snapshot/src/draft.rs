@@ -12,13 +12,13 @@ use time::OffsetDateTime;
 
 use crate::DEPTH_MAX;
 use crate::error::SnapshotError;
-use crate::files::{self, DISK, MANIFEST, MEMORY, STATE};
+use crate::files::{self, DISK, MANIFEST, MEMORY, POOL, STATE};
 use crate::manifest::{
     DeviceStateManifest, Manifest, ManifestFields, MemoryKind, MemoryManifest, ParentRef,
     SnapshotId,
 };
 use crate::snapshot::Snapshot;
-use crate::store::SnapshotStore;
+use crate::store::{DiskPlace, SnapshotStore};
 
 /// A snapshot that nobody sees yet. Dropped unfinished it leaves nothing behind; a process that dies with
 /// it leaves a hidden folder, which [`SnapshotStore::sweep`] and the next creator of the tag remove.
@@ -182,8 +182,9 @@ impl Draft {
         if self.disk.is_some() {
             return Err(self.refused("its disk is written already"));
         }
+        let place = self.begin_disk(disk)?;
         let kept = disk
-            .persist(&self.path, DISK)
+            .persist(place.shelf(), DISK)
             .map_err(|error| match error {
                 // The hidden folder is nobody's concern.
                 StorageError::Full { action, .. } => SnapshotError::Full {
@@ -197,6 +198,20 @@ impl Draft {
             })?;
         self.disk = Some(kept);
         Ok(())
+    }
+
+    /// What is kept in the pool is told of before it is there, so that whoever removes the folder finds it.
+    fn begin_disk(&self, disk: &FrozenDisk) -> Result<DiskPlace, SnapshotError> {
+        let failed = SnapshotError::io("keep a disk", self.store.directory());
+        if let Some(pool) = self.store.pool()
+            && disk.is_partly_in(pool).map_err(&failed)?
+        {
+            let prefix = files::random_hex().map_err(&failed)?;
+            self.write_file(POOL, prefix.as_bytes())?;
+            self.folder.sync_all().map_err(&failed)?;
+            self.store.sync().map_err(&failed)?;
+        }
+        DiskPlace::of(&self.store, &self.path).map_err(&failed)
     }
 
     /// Reads back what was written, with all checksums, for a trial before the snapshot gets its tag.
@@ -232,8 +247,9 @@ impl Draft {
         };
         let disk = match &self.disk {
             Some(manifest) => {
-                manifest.verify(&self.path).map_err(disk_told)?;
-                Some(FrozenDisk::open(&self.path, manifest).map_err(disk_told)?)
+                let place = DiskPlace::of(&self.store, &self.path).map_err(&failed)?;
+                manifest.verify(place.shelf()).map_err(disk_told)?;
+                Some(FrozenDisk::open(place.shelf(), manifest).map_err(disk_told)?)
             }
             None => None,
         };
@@ -343,7 +359,7 @@ impl Drop for Draft {
     fn drop(&mut self) {
         if !self.is_finished {
             // What cannot be removed now is swept later.
-            let _ = files::remove_folder(&self.path);
+            let _ = self.store.remove_folder(&self.path);
         }
     }
 }

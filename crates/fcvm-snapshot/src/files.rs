@@ -15,6 +15,8 @@ pub(crate) const MEMORY: &str = "memory.pages";
 pub(crate) const STATE: &str = "state.bin";
 /// The pages that its clones ask for first; added to a snapshot that is there.
 pub(crate) const WORKING_SET: &str = "working-set.bin";
+/// How the names of those files of its disk begin that are in a pool; only where there are any.
+pub(crate) const POOL: &str = "disk.pool";
 /// How the files of its disk begin.
 pub(crate) const DISK: &str = "disk";
 

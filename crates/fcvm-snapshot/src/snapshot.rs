@@ -13,9 +13,9 @@ use fcvm_types::SnapshotTag;
 
 use crate::DEPTH_MAX;
 use crate::error::SnapshotError;
-use crate::files::{self, MANIFEST, MEMORY, STATE, WORKING_SET};
+use crate::files::{self, MANIFEST, MEMORY, POOL, STATE, WORKING_SET};
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest, MemoryKind, ParentRef};
-use crate::store::SnapshotStore;
+use crate::store::{DiskPlace, SnapshotStore};
 
 /// Largest device state that is read.
 const STATE_BYTES_MAX: u64 = 64 << 20;
@@ -75,7 +75,10 @@ impl Snapshot {
             return Err(SnapshotError::damaged(tag, reason));
         }
         let disk = manifest.disk.as_ref();
-        let disk = disk.map(|disk| FrozenDisk::open(&path, disk)).transpose();
+        let place = DiskPlace::of(store, &path).map_err(unreadable(POOL))?;
+        let disk = disk
+            .map(|disk| FrozenDisk::open(place.shelf(), disk))
+            .transpose();
         let disk = disk.map_err(|source| SnapshotError::Disk {
             tag: tag.clone(),
             source,
@@ -240,7 +243,9 @@ impl Snapshot {
                 .map_err(|source| one.memory_error(source))?;
         }
         if let Some(disk) = &self.manifest.disk {
-            disk.verify(&self.path)
+            let place = DiskPlace::of(&self.store, &self.path)
+                .map_err(|error| self.damaged(format!("{POOL} cannot be read: {error}")))?;
+            disk.verify(place.shelf())
                 .map_err(|source| SnapshotError::Disk {
                     tag: self.tag().clone(),
                     source,
@@ -266,6 +271,10 @@ impl Snapshot {
                     space.own_bytes += bytes;
                 }
             }
+            let in_pool = self.disk.as_ref().map(FrozenDisk::pool_usage);
+            let in_pool = in_pool.unwrap_or_default();
+            space.own_bytes += in_pool.own_bytes;
+            space.shared_bytes += in_pool.shared_bytes;
             Ok(space)
         };
         measure().map_err(SnapshotError::io("measure a snapshot", &self.path))

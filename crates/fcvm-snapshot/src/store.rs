@@ -1,15 +1,16 @@
 //! The directory of snapshots: making, finding and removing them.
 
 use std::fs::{DirBuilder, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use fcvm_storage::Shelf;
 use fcvm_types::SnapshotTag;
 
 use crate::draft::Draft;
 use crate::error::SnapshotError;
-use crate::files::{self, MANIFEST};
+use crate::files::{self, MANIFEST, POOL};
 use crate::manifest::{Manifest, ParentRef, loose_parent};
 use crate::snapshot::{Snapshot, read_manifest};
 
@@ -24,6 +25,73 @@ const LOCK: &str = ".lock";
 #[derive(Debug, Clone)]
 pub struct SnapshotStore {
     directory: PathBuf,
+    pool: Option<PathBuf>,
+}
+
+/// Where the disk of a snapshot is.
+#[derive(Debug)]
+pub(crate) struct DiskPlace {
+    directory: PathBuf,
+    /// A directory in a mounted pool, and how names in it begin.
+    pool: Option<(PathBuf, String)>,
+}
+
+impl DiskPlace {
+    /// As the folder of the snapshot says.
+    pub(crate) fn of(store: &SnapshotStore, folder: &Path) -> io::Result<Self> {
+        let pool = match pool_prefix(folder)? {
+            None => None,
+            Some(prefix) => {
+                let mounted = store.pool().ok_or_else(|| {
+                    io::Error::other("its disk is in the pool, which is not mounted")
+                })?;
+                Some((mounted.to_owned(), prefix))
+            }
+        };
+        Ok(Self {
+            directory: folder.to_owned(),
+            pool,
+        })
+    }
+
+    pub(crate) fn shelf(&self) -> Shelf<'_> {
+        let pool = self.pool.as_ref();
+        Shelf {
+            directory: &self.directory,
+            pool: pool.map(|(directory, prefix)| (&**directory, &**prefix)),
+        }
+    }
+
+    /// Files in the pool.
+    fn pool_files(&self) -> io::Result<Vec<PathBuf>> {
+        let Some((directory, prefix)) = &self.pool else {
+            return Ok(Vec::new());
+        };
+        let mut paths = Vec::new();
+        for entry in std::fs::read_dir(directory)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(prefix) {
+                paths.push(entry.path());
+            }
+        }
+        Ok(paths)
+    }
+}
+
+/// How the names of a snapshot's files in the pool begin: 32 hexadecimal characters.
+fn pool_prefix(folder: &Path) -> io::Result<Option<String>> {
+    let mut prefix = String::new();
+    match files::open(&folder.join(POOL)) {
+        Ok(file) => file.take(100).read_to_string(&mut prefix)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    match prefix.len() == 32 && prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        true => Ok(Some(prefix)),
+        // A crash may leave it before it was written, and then no file has such a name.
+        false if prefix.is_empty() => Ok(None),
+        false => Err(io::Error::other(format!("{POOL} is not what was written"))),
+    }
 }
 
 /// A snapshot in a list: one that is damaged does not hide the others.
@@ -56,7 +124,56 @@ pub struct Swept {
 impl SnapshotStore {
     /// A store in `directory`, which is made with the first snapshot.
     pub fn new(directory: PathBuf) -> Self {
-        Self { directory }
+        Self {
+            directory,
+            pool: None,
+        }
+    }
+
+    /// The store that leaves disks which are in a mounted pool there: in `directory`, which is in it.
+    #[must_use]
+    pub fn with_pool(self, directory: PathBuf) -> Self {
+        Self {
+            pool: Some(directory),
+            ..self
+        }
+    }
+
+    /// Whether the disk of any snapshot, or of what is left of one, is in the pool.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be read.
+    pub fn needs_pool(&self) -> io::Result<bool> {
+        let names = match self.names() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            names => names?,
+        };
+        let has_disk_there = |name: &String| self.directory.join(name).join(POOL).exists();
+        Ok(names.iter().any(has_disk_there))
+    }
+
+    pub(crate) fn pool(&self) -> Option<&Path> {
+        self.pool.as_deref()
+    }
+
+    /// Removes a folder, and before it what of it is in the pool: a crash in between is swept. Tells how much of that was
+    /// nobody else's.
+    pub(crate) fn remove_folder(&self, path: &Path) -> io::Result<u64> {
+        let place = match DiskPlace::of(self, path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            place => place?,
+        };
+        let mut freed_bytes = 0;
+        for file in place.pool_files()? {
+            freed_bytes += fcvm_storage::pool_file_bytes(&file);
+            match std::fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        files::remove_folder(path)?;
+        Ok(freed_bytes)
     }
 
     /// Where it is.
@@ -85,7 +202,7 @@ impl SnapshotStore {
                 return Err(SnapshotError::Busy(tag.clone()));
             }
             // Its creator has ended.
-            Ok(_) => files::remove_folder(&path).map_err(&failed)?,
+            Ok(_) => drop(self.remove_folder(&path).map_err(&failed)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
@@ -206,7 +323,7 @@ impl SnapshotStore {
         let mut freed_bytes = 0;
         for path in away {
             freed_bytes += unshared_bytes(&path);
-            files::remove_folder(&path).map_err(&failed)?;
+            freed_bytes += self.remove_folder(&path).map_err(&failed)?;
         }
         Ok(Removed { tags, freed_bytes })
     }
@@ -238,7 +355,7 @@ impl SnapshotStore {
                 continue;
             }
             swept.freed_bytes += unshared_bytes(&path);
-            files::remove_folder(&path).map_err(&failed)?;
+            swept.freed_bytes += self.remove_folder(&path).map_err(&failed)?;
             swept.folder_count += 1;
         }
         Ok(swept)

@@ -247,7 +247,11 @@ const STAGES: [&str; 5] = ["begun", "memory", "state", "disk", "manifest"];
 
 /// What the killed child does: up to a stage, which it tells, and waits there.
 fn create_until(directory: &str, stage: &str) {
-    let store = SnapshotStore::new(directory.into());
+    let mut store = SnapshotStore::new(directory.into());
+    let pool = Path::new(directory).with_file_name("pool");
+    if pool.exists() {
+        store = store.with_pool(pool);
+    }
     let reached = |name| {
         if name == stage {
             println!("\nreached");
@@ -278,8 +282,14 @@ fn a_killed_creator_leaves_nothing_visible() {
         let (stage, directory) = stage.split_once(':').unwrap();
         return create_until(directory, stage);
     }
-    for stage in STAGES {
-        let lab = Lab::new();
+    for (stage, in_pool) in STAGES
+        .iter()
+        .flat_map(|stage| [(*stage, false), (*stage, true)])
+    {
+        let mut lab = Lab::new();
+        if in_pool {
+            lab.use_pool();
+        }
         drop(lab.store.begin(&tag("other")).unwrap());
         // The manifest is written, and the name waits for the lock.
         let lock = fs::File::open(lab.store.directory().join(".lock")).unwrap();
@@ -299,7 +309,8 @@ fn a_killed_creator_leaves_nothing_visible() {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let hidden = lab.store.directory().join(".new-one");
         if stage == "manifest" {
-            while !hidden.join("disk-0.raw").exists() && child.try_wait().unwrap().is_none() {
+            let is_kept = || hidden.join("disk-0.raw").exists() || !lab.pool_names().is_empty();
+            while !is_kept() && child.try_wait().unwrap().is_none() {
                 std::thread::yield_now();
             }
             lock.lock().unwrap();
@@ -322,7 +333,46 @@ fn a_killed_creator_leaves_nothing_visible() {
         assert!(lab.store.list().unwrap().is_empty(), "{stage}");
         assert_eq!(lab.store.sweep().unwrap().folder_count, 1, "{stage}");
         assert_eq!(lab.names(), [".lock"], "{stage}");
+        assert_eq!(lab.pool_names(), Vec::<String>::new(), "{stage}");
     }
+}
+
+#[test]
+fn disks_in_a_pool_stay_there_and_go_with_their_snapshots() {
+    let mut lab = Lab::new();
+    lab.use_pool();
+    assert!(!lab.store.needs_pool().unwrap());
+    for name in ["one", "two"] {
+        let made = lab.whole(name, &lab::pattern(2), Some(name.as_bytes()));
+        made.verify().unwrap();
+        let disk = made.disk().unwrap();
+        assert_eq!(&read_all(&disk.layers()[0].file)[..3], name.as_bytes());
+        let folder = lab.store.directory().join(name);
+        assert!(folder.join("disk.pool").exists() && !folder.join("disk-0.raw").exists());
+    }
+    assert_eq!(lab.pool_names().len(), 2);
+    // Who does not have the pool is told, and removes nothing.
+    let without = SnapshotStore::new(lab.store.directory().to_owned());
+    assert!(without.needs_pool().unwrap());
+    let error = without.open(&tag("one")).unwrap_err().to_string();
+    assert!(error.contains("not mounted"), "{error}");
+    let opened = lab.store.open(&tag("one")).unwrap();
+    assert!(without.remove(&tag("one"), false).is_err());
+    assert_eq!(lab.pool_names().len(), 2);
+    // It had its name taken already, and is swept with its disk.
+    assert_eq!(lab.store.sweep().unwrap().folder_count, 1);
+    assert_eq!(lab.pool_names().len(), 1);
+    assert_eq!(
+        &read_all(&opened.disk().unwrap().layers()[0].file)[..3],
+        b"one"
+    );
+    lab.store.remove(&tag("two"), false).unwrap();
+    assert_eq!(lab.pool_names(), Vec::<String>::new());
+    // What names files elsewhere is nobody's.
+    let folder = lab.store.directory().join(".removed-0");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("disk.pool"), "../../../../../../../../../../..").unwrap();
+    assert!(lab.store.sweep().is_err());
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use fiemap::{Fiemap, FiemapExtentFlags};
@@ -163,6 +164,33 @@ impl FrozenDisk {
         self.layers.len()
     }
 
+    /// Whether a file of it is on the file system of `directory`.
+    ///
+    /// # Errors
+    ///
+    /// A file or the directory can not be looked at.
+    pub fn is_partly_in(&self, directory: &Path) -> io::Result<bool> {
+        let device = directory.metadata()?.dev();
+        for layer in &self.layers {
+            if layer.file.metadata()?.dev() == device {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Space of its files that are in a mounted pool.
+    pub fn pool_usage(&self) -> DiskUsage {
+        let mut usage = DiskUsage::default();
+        for layer in &self.layers {
+            if let Some((own_bytes, referenced_bytes)) = pool_bytes(&layer.file) {
+                usage.own_bytes += own_bytes;
+                usage.shared_bytes += referenced_bytes.saturating_sub(own_bytes);
+            }
+        }
+        usage
+    }
+
     /// Space that its files take.
     ///
     /// # Errors
@@ -208,6 +236,12 @@ fn pool_bytes(file: &File) -> Option<(u64, u64)> {
         read("user.blockpool.exclusive_bytes")?,
         read("user.blockpool.referenced_bytes")?,
     ))
+}
+
+/// What a file in a mounted pool has for itself: nothing where it is not in one, or is gone.
+pub fn pool_file_bytes(path: &Path) -> u64 {
+    let bytes = File::open(path).ok().and_then(|file| pool_bytes(&file));
+    bytes.map_or(0, |(own_bytes, _)| own_bytes)
 }
 
 /// Bytes of a file in blocks that are other files' too: none where the file system does not tell, as

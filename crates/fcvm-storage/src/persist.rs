@@ -47,17 +47,77 @@ pub struct LayerManifest {
     pub crc32c: u32,
 }
 
+/// Where a frozen disk is kept.
+#[derive(Debug, Clone, Copy)]
+pub struct Shelf<'a> {
+    /// The directory of its files.
+    pub directory: &'a Path,
+    /// A directory in a mounted pool, and how names in it begin: files that are in that pool stay there.
+    pub pool: Option<(&'a Path, &'a str)>,
+}
+
+impl<'a, P: AsRef<Path> + ?Sized> From<&'a P> for Shelf<'a> {
+    fn from(directory: &'a P) -> Self {
+        Self {
+            directory: directory.as_ref(),
+            pool: None,
+        }
+    }
+}
+
+impl Shelf<'_> {
+    fn pool_path(&self, file: &str) -> Option<PathBuf> {
+        let (directory, prefix) = self.pool?;
+        Some(directory.join(format!("{prefix}-{file}")))
+    }
+
+    /// Where a file is to be kept that is open.
+    fn place(&self, layer: &File, file: &str) -> io::Result<PathBuf> {
+        if let Some((directory, _)) = self.pool
+            && layer.metadata()?.dev() == directory.metadata()?.dev()
+            && let Some(path) = self.pool_path(file)
+        {
+            return Ok(path);
+        }
+        Ok(self.directory.join(file))
+    }
+
+    /// Where a file is kept.
+    fn find(&self, file: &str) -> PathBuf {
+        let path = self.directory.join(file);
+        match self.pool_path(file) {
+            Some(in_pool) if path.symlink_metadata().is_err() => in_pool,
+            _ => path,
+        }
+    }
+
+    /// Makes the names in it durable.
+    fn sync(&self) -> io::Result<()> {
+        let pool = self.pool.map(|(directory, _)| directory);
+        [Some(self.directory), pool]
+            .into_iter()
+            .flatten()
+            .try_for_each(|directory| File::open(directory)?.sync_all())
+    }
+}
+
 impl FrozenDisk {
-    /// Keeps the disk in `directory`, as `NAME-0.raw`, `NAME-1.qcow2` and so on, and syncs it. A file
+    /// Keeps the disk on `shelf`, as `NAME-0.raw`, `NAME-1.qcow2` and so on, and syncs it. A file
     /// that has no name yet gets one, a file with a name elsewhere on the file system gets a second
-    /// one, and only what is on another file system is copied. Whoever wrote to the disk before it
+    /// one (in a pool a clone), and only what is on another file system is copied. Whoever wrote to the disk before it
     /// was frozen must have ended, as far as the disk goes on in overlays.
     ///
     /// # Errors
     ///
     /// `name` is no file name, a file of such a name is there already, or the directory is gone, full
     /// or can not be written to. Nothing that was not there is left there.
-    pub fn persist(&self, directory: &Path, name: &str) -> Result<DiskManifest, StorageError> {
+    pub fn persist<'a>(
+        &self,
+        shelf: impl Into<Shelf<'a>>,
+        name: &str,
+    ) -> Result<DiskManifest, StorageError> {
+        let shelf = shelf.into();
+        let directory = shelf.directory;
         check_name(directory, name)?;
         let mut added = Added(Vec::new());
         let mut layers = Vec::new();
@@ -68,8 +128,8 @@ impl FrozenDisk {
                 LayerFormat::Qcow2 => "qcow2",
             };
             let file = format!("{name}-{index}.{suffix}");
-            let path = directory.join(&file);
-            if give_name(&layer.file, directory, &path).map_err(failed)? {
+            let path = shelf.place(&layer.file, &file).map_err(failed)?;
+            if give_name(&layer.file, &path).map_err(failed)? {
                 added.0.push(path.clone());
             }
             let kept = File::open(&path).map_err(failed)?;
@@ -82,8 +142,8 @@ impl FrozenDisk {
                 crc32c: crc32c_of(&kept).map_err(failed)?,
             });
         }
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
+        shelf
+            .sync()
             .map_err(|source| StorageError::from_io("keep a disk", directory, source))?;
         added.0.clear();
         Ok(DiskManifest {
@@ -98,7 +158,12 @@ impl FrozenDisk {
     /// # Errors
     ///
     /// A file is missing, or is not of the length, format and size that the manifest says.
-    pub fn open(directory: &Path, manifest: &DiskManifest) -> Result<Self, StorageError> {
+    pub fn open<'a>(
+        shelf: impl Into<Shelf<'a>>,
+        manifest: &DiskManifest,
+    ) -> Result<Self, StorageError> {
+        let shelf = shelf.into();
+        let directory = shelf.directory;
         let count = manifest.layers.len();
         if count == 0 || count > LAYER_COUNT_MAX {
             return Err(StorageError::Damaged {
@@ -109,7 +174,7 @@ impl FrozenDisk {
         let mut layers = Vec::new();
         for layer in &manifest.layers {
             check_name(directory, &layer.file)?;
-            let path = directory.join(&layer.file);
+            let path = shelf.find(&layer.file);
             let file = open_layer(&path)?;
             check_layer(&file, layer, manifest.size_bytes, layers.is_empty()).map_err(
                 |reason| StorageError::Damaged {
@@ -127,15 +192,17 @@ impl FrozenDisk {
 }
 
 impl DiskManifest {
-    /// Compares the files in `directory` with this manifest, every byte of them.
+    /// Compares the files on `shelf` with this manifest, every byte of them.
     ///
     /// # Errors
     ///
     /// As [`FrozenDisk::open`], and where the bytes of a file are not those that were kept.
-    pub fn verify(&self, directory: &Path) -> Result<(), StorageError> {
-        let disk = FrozenDisk::open(directory, self)?;
+    pub fn verify<'a>(&self, shelf: impl Into<Shelf<'a>>) -> Result<(), StorageError> {
+        let shelf = shelf.into();
+        let directory = shelf.directory;
+        let disk = FrozenDisk::open(shelf, self)?;
         for (layer, kept) in disk.layers().iter().zip(&self.layers) {
-            let path = directory.join(&kept.file);
+            let path = shelf.find(&kept.file);
             let found = crc32c_of(&layer.file)
                 .map_err(|source| StorageError::from_io("verify a disk", directory, source))?;
             if found != kept.crc32c {
@@ -168,7 +235,7 @@ impl Drop for Added {
 }
 
 /// Gives the file a name, or a copy of it where that can not be. False where it has that name already.
-fn give_name(file: &File, directory: &Path, path: &Path) -> io::Result<bool> {
+fn give_name(file: &File, path: &Path) -> io::Result<bool> {
     match link(file, path) {
         Ok(()) => return Ok(true),
         Err(Errno::EXIST) => {
@@ -184,7 +251,7 @@ fn give_name(file: &File, directory: &Path, path: &Path) -> io::Result<bool> {
         Err(Errno::XDEV | Errno::NOENT | Errno::MLINK | Errno::PERM) => {}
         Err(errno) => return Err(errno.into()),
     }
-    let copy = nameless_file(directory)?;
+    let copy = nameless_file(path.parent().unwrap_or(path))?;
     clone_file(file, &copy)?;
     match link(&copy, path) {
         Ok(()) => Ok(true),

@@ -110,7 +110,16 @@ impl Context {
 
     /// The snapshots.
     pub(crate) fn snapshots(&self) -> SnapshotStore {
-        SnapshotStore::new(self.data_dir.join("snapshots"))
+        let store = SnapshotStore::new(self.data_dir.join("snapshots"));
+        match crate::disks::of_snapshots(self, &store) {
+            Ok(Some(directory)) => store.with_pool(directory),
+            Ok(None) => store,
+            Err(error) => {
+                // Those whose disks are there say so.
+                tracing::warn!("{error:#}");
+                store
+            }
+        }
     }
 
     /// A program, looked up as a shell does.

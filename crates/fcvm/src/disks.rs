@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use fcvm_snapshot::SnapshotStore;
 use fcvm_storage::{BranchMethod, CopyStore, DiskStore, OverlayStore, PoolStore, choose};
 
 use crate::args::DiskStoreChoice;
@@ -26,7 +27,7 @@ pub(crate) fn find(context: &Context, raw_only: bool) -> anyhow::Result<Disks> {
     let store: Box<dyn DiskStore> = match context.disk_store {
         DiskStoreChoice::Auto => choose(&directory, raw_only)?,
         DiskStoreChoice::Pool => {
-            let directory = mounted(context)?;
+            let directory = mounted(context, "disks")?;
             let store = Box::new(PoolStore::new(directory.clone()));
             return Ok(Disks { directory, store });
         }
@@ -63,8 +64,21 @@ pub(crate) fn pool_directory(context: &Context) -> PathBuf {
     context.data_dir.join("pool/mnt")
 }
 
-/// Makes and mounts the pool of the data directory where nobody has, and gives the directory of disks in it.
-fn mounted(context: &Context) -> anyhow::Result<PathBuf> {
+/// The directory for disks of snapshots in the pool of the data directory: where that is mounted, or a snapshot needs it.
+pub(crate) fn of_snapshots(
+    context: &Context,
+    store: &SnapshotStore,
+) -> anyhow::Result<Option<PathBuf>> {
+    let directory = pool_directory(context);
+    let is_mounted = mount::mounted_pool(&directory)?.is_some() && !mount::is_dead(&directory);
+    if !is_mounted && !store.needs_pool()? {
+        return Ok(None);
+    }
+    mounted(context, "snapshots").map(Some)
+}
+
+/// Makes and mounts the pool of the data directory where nobody has, and makes a directory in it.
+fn mounted(context: &Context, name: &str) -> anyhow::Result<PathBuf> {
     let home = context.data_dir.join("pool");
     create_private_dir(&home)?;
     let directory = pool_directory(context);
@@ -85,7 +99,7 @@ fn mounted(context: &Context) -> anyhow::Result<PathBuf> {
             .start(context)
             .context("cannot mount the pool for disks")?;
     }
-    let disks = directory.join("disks");
+    let disks = directory.join(name);
     match std::fs::create_dir(&disks) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
             Err(error).with_context(|| format!("cannot make {}", disks.display()))

@@ -30,6 +30,22 @@ impl Lab {
         self.directory.path()
     }
 
+    /// Another directory plays the pool: what is told apart is the file system, and that is the same.
+    pub(crate) fn use_pool(&mut self) {
+        let pool = self.path().join("pool");
+        std::fs::create_dir(&pool).unwrap();
+        self.store = self.store.clone().with_pool(pool);
+    }
+
+    pub(crate) fn pool_names(&self) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(self.path().join("pool")) else {
+            return Vec::new();
+        };
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
     pub(crate) fn names(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.store.directory()).unwrap();
         let mut names: Vec<String> = entries

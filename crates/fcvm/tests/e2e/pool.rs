@@ -101,12 +101,31 @@ fn a_snapshot_of_a_vm_on_a_pool_is_started_from() {
     );
     let written = lab.sh("source", "md5sum < /root/data");
     lab.ok(&["snapshot", "create", "source", "--tag", "kept"]);
+    lab.ok(&["snapshot", "create", "source", "--tag", "other"]);
+    // Their disks are in the pool and share what they have.
+    let files = || fs::read_dir(mounted(&lab).join("snapshots")).unwrap();
+    assert_eq!(files().count(), 2);
+    for tag in ["kept", "other"] {
+        let folder = lab.data.join("snapshots").join(tag);
+        assert!(!folder.join("disk-0.raw").exists() && folder.join("disk.pool").exists());
+        let told = &lab.json(&["snapshot", "inspect", tag])[0];
+        let shared_bytes = told["shared_bytes"].as_u64().unwrap();
+        assert!(shared_bytes >= 4 << 20, "{told}");
+    }
     lab.ok(&["rm", "-f", "source"]);
     lab.ok(&["snapshot", "run", "--snapshot", "kept", "--name", "again"]);
     lab.sh("again", "echo more > /root/more; sync");
     assert_eq!(sum(&lab, "again", "/root/data"), written);
-    lab.ok(&["rm", "-f", "-a"]);
     lab.ok(&["snapshot", "rm", "kept"]);
+    assert_eq!(files().count(), 1);
+    // Who runs goes on with what was removed.
+    assert_eq!(sum(&lab, "again", "/root/data"), written);
+    lab.ok(&["rm", "-f", "-a"]);
+    // Where nobody has the pool mounted, whoever needs the snapshot does.
+    lab.ok(&["pool", "unmount", mounted(&lab).to_str().unwrap()]);
+    lab.ok(&["snapshot", "inspect", "other", "--verify"]);
+    lab.ok(&["snapshot", "rm", "other"]);
+    assert_eq!(files().count(), 0);
     lab.finish();
 }
 
