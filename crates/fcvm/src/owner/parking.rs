@@ -39,6 +39,8 @@ pub(super) struct Parking {
     changed: Notify,
     readers: mpsc::Sender<FrameReader>,
     writers: mpsc::Sender<OwnedWriteHalf>,
+    /// How long the agent may take to be silent, and to connect again.
+    limits: Cell<(Duration, Duration)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +68,7 @@ impl Parking {
             changed: Notify::new(),
             readers,
             writers,
+            limits: Cell::new((PARK_LIMIT, RETURN_LIMIT)),
         };
         (parking, later, successors)
     }
@@ -115,12 +118,13 @@ impl AgentLink {
                 parking.answered().await;
             }
         };
-        if tokio::time::timeout(PARK_LIMIT, ask).await.is_err() {
+        let (limit, _) = parking.limits.get();
+        if tokio::time::timeout(limit, ask).await.is_err() {
             let link = self.clone();
             tokio::task::spawn_local(async move { link.come_back_late().await });
             bail!(
                 "the guest's agent did not stop the container within {} s: the guest is overloaded, or hangs",
-                PARK_LIMIT.as_secs()
+                limit.as_secs()
             );
         }
         self.check()
@@ -159,9 +163,10 @@ impl AgentLink {
                 }
             }
         };
-        let returned = tokio::time::timeout(RETURN_LIMIT, returned).await;
+        let (_, limit) = parking.limits.get();
+        let returned = tokio::time::timeout(limit, returned).await;
         returned.with_context(|| {
-            let limit = RETURN_LIMIT.as_secs();
+            let limit = limit.as_secs();
             format!("the guest's agent did not come back within {limit} s")
         })??;
         parking.set(State::Connected);
@@ -373,9 +378,8 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             let (link, mut agent) = linked(directory.path()).await;
             let mark = link.mark();
-            tokio::time::pause();
+            link.0.parking.limits.set((Duration::ZERO, RETURN_LIMIT));
             let error = link.park().await.unwrap_err();
-            tokio::time::resume();
             assert!(error.to_string().contains("did not stop"), "{error}");
             assert_eq!(agent.hear().await.unwrap().kind, FrameKind::Park);
             agent.say(&Frame::new(FrameKind::Park, 0, Vec::new())).await;
@@ -403,7 +407,7 @@ mod tests {
                 agent.say(&Frame::new(FrameKind::Park, 0, Vec::new())).await;
             });
             parked.unwrap();
-            tokio::time::pause();
+            link.0.parking.limits.set((PARK_LIMIT, Duration::ZERO));
             let error = link.come_back().await.unwrap_err();
             assert!(error.to_string().contains("did not come back"), "{error}");
         };
