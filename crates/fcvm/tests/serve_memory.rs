@@ -236,7 +236,7 @@ fn stats_tell_what_servers_do() {
     };
     assert_eq!(stats(), serde_json::json!([]));
     let serving = lab.serve(&[]);
-    let clone = client(&serving);
+    let mut clone = client(&serving);
     let told = stats();
     assert_eq!(told[0]["server_pid"], serving.child.id());
     let served = &told[0]["served"][0];
@@ -247,6 +247,7 @@ fn stats_tell_what_servers_do() {
     let table = String::from_utf8(output.unwrap().stdout).unwrap();
     assert!(table.contains("(0 ended)"), "{table}");
     serving.signal(SIGTERM);
+    clone.wait().unwrap();
 }
 
 #[test]

@@ -10,6 +10,7 @@ use fcvm_hypervisor::HypervisorKind;
 use fcvm_hypervisor::firecracker::CPU_COUNT_MAX;
 use fcvm_kernel::GuestKernel;
 
+use crate::args::DiskStoreChoice;
 use crate::args::run::{AcceleratorChoice, HypervisorChoice, NetworkMode, RunArguments};
 use crate::context::Context;
 
@@ -118,6 +119,9 @@ fn is_firecracker_possible(context: &Context, arguments: &RunArguments) -> anyho
     }
     if arguments.start.accel == AcceleratorChoice::Tcg {
         bail!("--accel tcg is QEMU's");
+    }
+    if context.disk_store == DiskStoreChoice::Overlay {
+        bail!("--disk-store overlay is QEMU's");
     }
     let firecracker = crate::owner::firecracker(context, &context.runtime_dir)?;
     if arguments.start.network == NetworkMode::Rootless {
