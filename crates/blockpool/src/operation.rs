@@ -188,7 +188,8 @@ impl Operation {
     /// Reads one operation from the front of `bytes`, which are shortened by it. None where there is none.
     pub(crate) fn decode(bytes: &mut &[u8]) -> Option<Self> {
         let mut reader = Reader(bytes);
-        Some(match reader.byte()? {
+        let tag = reader.byte()?;
+        Some(match tag {
             1 => Self::Create {
                 id: reader.number()?,
                 kind: EntryKind::from_byte(reader.byte()?)?,
@@ -230,6 +231,13 @@ impl Operation {
                 object: reader.number()?,
                 snapshot: reader.number()?,
             },
+            _ => return Self::decode_rest(tag, reader),
+        })
+    }
+
+    /// The operations that are decoded nowhere else.
+    fn decode_rest(tag: u8, mut reader: Reader<'_, '_>) -> Option<Self> {
+        Some(match tag {
             8 => Self::Remove {
                 id: reader.number()?,
             },
