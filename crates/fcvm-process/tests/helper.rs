@@ -127,3 +127,62 @@ async fn program_that_is_not_there() {
         .unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
 }
+
+#[tokio::test]
+async fn all_that_the_first_process_of_a_namespace_started_ends_with_it() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can make a PID namespace");
+        return;
+    }
+    // It has another session and another user than its parent, whose death signal it never had.
+    let (mut own, other) = UnixStream::pair().unwrap();
+    let mut command = shell("setsid setpriv --reuid 65534 sleep 1000 & echo started; wait");
+    command.new_pid_namespace().stdout(other.into());
+    let helper = command.spawn().unwrap();
+    let mut word = [0; 8];
+    own.read_exact(&mut word).unwrap();
+    let pid = helper.identity().pid;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains(&format!("NSpid:\t{pid}\t1\n")), "{status}");
+    // This process starts others where it did before.
+    let another = shell("sleep 1000").spawn().unwrap();
+    let pid = another.identity().pid;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains(&format!("NSpid:\t{pid}\n")), "{status}");
+    helper.kill();
+    helper.wait().await;
+    // Its child had the other end too.
+    assert_eq!(own.read(&mut word).unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_helper_is_in_the_namespaces_that_it_was_given() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can enter a namespace without a user namespace");
+        return;
+    }
+    let script = "readlink /proc/self/ns/net >&2; exec sleep 1000";
+    let mut command = shell(script);
+    // A namespace that lives as long as this process, which is in it alone.
+    let holder = std::process::Command::new("unshare")
+        .args(["--net", "sleep", "1000"])
+        .spawn();
+    let mut holder = holder.unwrap();
+    let path = format!("/proc/{}/ns/net", holder.id());
+    let host = std::fs::read_link("/proc/self/ns/net").unwrap();
+    let namespace = loop {
+        // It is there a moment after the process.
+        let link = std::fs::read_link(&path).unwrap();
+        if link != host {
+            break link;
+        }
+        std::thread::yield_now();
+    };
+    let file = std::fs::File::open(&path).unwrap();
+    command.namespaces(vec![file.into()]);
+    let helper = command.spawn().unwrap();
+    let found = std::fs::read_link(format!("/proc/{}/ns/net", helper.identity().pid));
+    assert_eq!(found.unwrap(), namespace);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}

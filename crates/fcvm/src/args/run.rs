@@ -74,8 +74,9 @@ pub(crate) struct RunArguments {
     #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
     pub(crate) dns: Vec<std::net::IpAddr>,
     /// Run Firecracker under its jailer: with a user, a file system and processes of the VM's own, and
-    /// limits of its memory, processes and processor time; needs root [default: where root runs
-    /// Firecracker and the jailer is there]
+    /// limits of its memory, processes and processor time; needs root. Clones then have copies
+    /// of the memory [default: where root runs Firecracker, the jailer is there, and neither --warm nor
+    /// --standby is given]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Machine")]
     pub(crate) jail: Option<bool>,
     /// Directory of the host in the guest (not in this version)

@@ -196,7 +196,7 @@ fn qemu(context: &Context) -> Finding {
 
 fn firecracker(context: &Context) -> Finding {
     const CHECK: &str = "firecracker";
-    const USE: &str = "--hypervisor firecracker, with KVM";
+    const USE: &str = "VMs run under it where KVM is usable";
     let located = crate::owner::firecracker(context, &context.runtime_dir);
     let found = located.and_then(|firecracker| {
         let version = firecracker.check_version()?;

@@ -46,8 +46,11 @@ pub(super) fn choose(
             }
         }
     };
+    let shares = arguments.warm || arguments.standby > 0;
+    // A jail has a copy of memory that is there already, which these options are to spare.
+    let wanted = arguments.jail.or(shares.then_some(false));
     Ok(Chosen {
-        jail: jail(context, arguments.jail, kind, reason.as_deref())?,
+        jail: jail(context, wanted, kind, reason.as_deref())?,
         initramfs: initramfs(kind)?,
         kind,
         reason,
