@@ -13,8 +13,8 @@ fn what_is_not_in_this_version_is_refused_and_never_ignored() {
         (&["--map", "/tmp:/tmp:ro"], "volumes"),
         (&["--network", "bridged"], "--network bridged"),
         (
-            &["--hypervisor", "firecracker", "--standby", "1"],
-            "--standby is not in this version yet with --hypervisor firecracker",
+            &["--hypervisor", "firecracker", "--cpus", "33"],
+            "more than 32 processors is not in this version yet with --hypervisor firecracker",
         ),
         (
             &["--hypervisor", "qemu", "--jail"],
