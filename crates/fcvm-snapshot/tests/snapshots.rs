@@ -273,6 +273,8 @@ fn create_until(directory: &str, stage: &str) {
     reached("disk");
     println!("\nreached");
     std::io::stdout().flush().unwrap();
+    // Until whoever kills it has the lock.
+    std::io::stdin().read_line(&mut String::new()).unwrap();
     draft.finish(fields()).unwrap();
 }
 
@@ -303,21 +305,17 @@ fn a_killed_creator_leaves_nothing_visible() {
                 CREATOR,
                 format!("{stage}:{}", lab.store.directory().display()),
             )
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let hidden = lab.store.directory().join(".new-one");
-        if stage == "manifest" {
-            let is_kept = || hidden.join("disk-0.raw").exists() || !lab.pool_names().is_empty();
-            while !is_kept() && child.try_wait().unwrap().is_none() {
-                std::thread::yield_now();
-            }
-            lock.lock().unwrap();
-        }
         assert!(lines.any(|line| line.unwrap() == "reached"), "{stage}");
         if stage == "manifest" {
-            while !hidden.join("manifest.json").exists() {
+            lock.lock().unwrap();
+            writeln!(child.stdin.take().unwrap()).unwrap();
+            let manifest = lab.store.directory().join(".new-one/manifest.json");
+            while !manifest.exists() && child.try_wait().unwrap().is_none() {
                 std::thread::yield_now();
             }
         } else {
