@@ -241,9 +241,14 @@ impl Machine {
             "cryptomgr.notests".to_owned(),
             "random.trust_cpu=on".to_owned(),
         ];
-        if let Accelerator::Tcg { tsc_khz: Some(khz) } = self.accelerator {
-            // The guest's counter is the host's. Reliable: no watchdog that a loaded host upsets.
-            args.push(format!("tsc_early_khz={khz} tsc=reliable"));
+        if let Accelerator::Tcg { tsc_khz } = self.accelerator {
+            // One processor's locked instructions are not locked in translated code, whatever they say: thousands of
+            // places in the kernel need not be written over, and translated again.
+            args.push("noreplace-smp".to_owned());
+            if let Some(khz) = tsc_khz {
+                // The guest's counter is the host's. Reliable: no watchdog that a loaded host upsets.
+                args.push(format!("tsc_early_khz={khz} tsc=reliable"));
+            }
         }
         args.extend_from_slice(extra);
         args.join(" ")
