@@ -513,7 +513,8 @@ async fn a_state_goes_into_its_own_hardware_only() {
         with(|line| line.firecracker_version.minor += 1),
         "it was made by Firecracker 1.17.0 and this is Firecracker 1.18.0"
     );
-    let changes: [(&str, fn(&mut DeviceLine)); 4] = [
+    type Change = fn(&mut DeviceLine);
+    let changes: [(&str, Change); 4] = [
         ("processors", |line| line.cpu_count += 1),
         ("memory", |line| line.memory_bytes += 1),
         ("disks", |line| line.disks.clear()),
