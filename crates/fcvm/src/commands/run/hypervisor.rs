@@ -46,6 +46,9 @@ pub(super) fn choose(
             }
         }
     };
+    if let Some(reason) = &reason {
+        tracing::debug!(target: "vm", "the hypervisor is {kind}: {reason}");
+    }
     let shares = arguments.warm || arguments.standby > 0;
     // A jail has a copy of memory that is there already, which these options are to spare.
     let wanted = arguments.jail.or(shares.then_some(false));

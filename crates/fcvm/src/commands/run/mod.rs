@@ -129,9 +129,6 @@ pub(super) async fn make_spec(
     let mut watch = Stopwatch::new(Vec::new());
     let kernel = super::setup::guest_kernel(context, arguments.start.kernel.as_deref())?;
     let chosen = hypervisor::choose(context, arguments, &kernel)?;
-    if let Some(reason) = &chosen.reason {
-        tracing::debug!(target: "vm", "the hypervisor is {}: {reason}", chosen.kind);
-    }
     watch.lap("kernel");
     let image = image::resolve(context, &arguments.start).await?;
     image::check_zfs(&image, &kernel)?;
