@@ -223,7 +223,8 @@ pub(crate) fn initramfs(
 /// What the host can do; probed once per boot.
 pub(crate) fn probe(context: &Context) -> HostProbe {
     let mut child = Command::new("/proc/self/exe");
-    child.arg("probe-guest");
+    // Its environment is empty, and would not say where an ordinary user has their data; it needs none.
+    child.args(["--data-dir", "/", "probe-guest"]);
     // A data directory that is not there yet is made by what follows; until then nothing is kept.
     probe_host(Some(&probe_cache(context)), child)
 }
