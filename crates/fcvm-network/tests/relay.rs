@@ -289,6 +289,34 @@ fn successor_gets_nothing_before_its_time_and_then_all() {
 }
 
 #[test]
+fn nothing_is_taken_from_a_guest_that_stands_still() {
+    let (relay, mut passt) = relay();
+    let (own, socket) = connect_current(&relay);
+    let mut frames = Frames::new(socket);
+    relay.stand_still();
+    // More than the relay's own buffer: it would make room for it.
+    let sent: Vec<u8> = (0..400).flat_map(|number| frame(number, 3001)).collect();
+    frames.socket.set_nonblocking(true).unwrap();
+    let mut taken = 0;
+    while let Ok(count) = frames.socket.write(&sent[taken..]) {
+        taken += count;
+    }
+    passt.write_all(&frame(1, 100)).unwrap();
+    assert!(is_empty(&frames.socket) && is_empty(&passt));
+    assert!(
+        matches!(frames.socket.write(&sent[taken..]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+    );
+    frames.socket.set_nonblocking(false).unwrap();
+    assert!(relay.activate(own));
+    assert_eq!(frames.until(1), [1]);
+    let mut passt_frames = Frames::new(passt);
+    std::thread::scope(|scope| {
+        scope.spawn(|| (&frames.socket).write_all(&sent[taken..]).unwrap());
+        assert_eq!(passt_frames.until(399).len(), 400);
+    });
+}
+
+#[test]
 fn one_that_comes_back_gets_the_rest_of_its_frame() {
     let (relay, passt) = relay();
     let (old, old_socket) = connect_current(&relay);

@@ -24,6 +24,8 @@ use crate::watch::watch_readable;
 const LOGGED_LINES_MAX: usize = 50;
 /// Longest line that goes to the log, in bytes.
 const LOGGED_LINE_BYTES: usize = 1024;
+/// Lines of a helper's standard error that its end is told with.
+const SHOWN_LINES: usize = 4;
 /// How long after its end a helper's last words are waited for. They are in the pipe already,
 /// unless something else holds its other end.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -51,27 +53,27 @@ pub struct HelperExit {
 }
 
 impl HelperExit {
-    /// The last line of its standard error that is not empty.
-    pub fn last_line(&self) -> Option<&str> {
-        self.stderr
-            .lines()
-            .rev()
-            .map(str::trim)
-            .find(|line| !line.is_empty())
+    /// As many of the last lines of its standard error that are not empty.
+    fn last_lines(&self, count: usize) -> Vec<&str> {
+        let lines = self.stderr.lines().map(str::trim);
+        let mut lines: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
+        lines.drain(..lines.len().saturating_sub(count));
+        lines
     }
 }
 
 impl fmt::Display for HelperExit {
-    /// `qemu exited with status 1: <last line of its standard error>`
+    /// `qemu exited with status 1: <last lines of its standard error>`: what comes last may only be what the reason
+    /// led to.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.status.code(), self.status.signal()) {
             (Some(code), _) => write!(f, "{} exited with status {code}", self.role)?,
             (None, Some(signal)) => write!(f, "{} was ended by signal {signal}", self.role)?,
             (None, None) => write!(f, "{} ended", self.role)?,
         }
-        match self.last_line() {
-            Some(line) => write!(f, ": {line}"),
-            None => Ok(()),
+        match self.last_lines(SHOWN_LINES).join("; ") {
+            lines if lines.is_empty() => Ok(()),
+            lines => write!(f, ": {lines}"),
         }
     }
 }

@@ -214,8 +214,11 @@ fn the_memory_of_a_snapshot_is_served_and_its_working_set_kept() {
     // Told to end, it takes its clones along.
     let mut serving = lab.serve(&[]);
     let mut second = client(&serving);
+    // Waiting for it would close this, at which it ends by itself.
+    let input = second.stdin.take();
     serving.signal(SIGTERM);
     assert_eq!(second.wait().unwrap().signal(), Some(9));
+    drop(input);
     let (status, said) = serving.wait();
     assert!(status.success(), "{said}");
     assert!(!serving.socket.exists());

@@ -4,7 +4,7 @@
 use fcvm_types::guest::{ClonePlan, ExitStatus};
 use fcvm_wire::{Mark, Outcome, Request};
 
-use crate::client::{Vm, identity, plan, shell};
+use crate::client::{Stream, Vm, identity, plan, shell};
 use crate::lab;
 
 const FIRST: Mark = Mark::from_random([3; 16]);
@@ -34,6 +34,14 @@ fn is_without_gap(text: &str) {
     );
 }
 
+/// Reads so many numbers more than `said` has.
+fn hear_on(said: &mut String, stream: &mut Stream, count: u64) {
+    let whole = &said[..said.rfind('\n').unwrap()];
+    let numbers = whole.lines().filter_map(|line| line.parse::<u64>().ok());
+    let last = numbers.last().unwrap_or(0);
+    said.push_str(&stream.expect(&format!("\n{}\n", last + count)));
+}
+
 #[test]
 fn a_parked_guest_goes_on_with_its_host_or_becomes_a_clone() {
     let Some(tools) = lab::tools() else { return };
@@ -57,6 +65,7 @@ fn a_parked_guest_goes_on_with_its_host_or_becomes_a_clone() {
         vm.park(FIRST);
         vm.greet_with(FIRST);
         said += &stream.expect(&format!("pong-{round}-lab\n"));
+        hear_on(&mut said, &mut stream, 60);
         session.write(b"here\n");
         session.expect("got-here\n");
     }

@@ -160,6 +160,13 @@ impl FrameRelay {
         self.shared.change(state::State::hold);
     }
 
+    /// As [`hold`](Self::hold), and nothing is taken from the guest either: for a hypervisor that is stopped and goes
+    /// on. One whose socket has room again finishes what it was sending, and writes that into its guest's
+    /// memory, stopped or not.
+    pub fn stand_still(&self) {
+        self.shared.change(state::State::stand_still);
+    }
+
     /// Closes a connection. Its whole frames that the relay has read still go to passt.
     pub fn disconnect(&self, connection: ConnectionId) {
         self.shared.change(|state| state.disconnect(connection));

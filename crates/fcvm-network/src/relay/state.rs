@@ -108,7 +108,10 @@ pub(super) struct State {
     /// Whose frames go to the uplink: the current one's, after what earlier ones left behind.
     sources: VecDeque<Source>,
     next_id: u64,
+    /// No frames go to the guest.
     held: bool,
+    /// None are taken from it either.
+    still: bool,
     pub(super) lingering: bool,
     pub(super) counters: RelayCounters,
     pub(super) end: Option<RelayEnd>,
@@ -144,6 +147,7 @@ impl State {
             return false;
         }
         self.held = false;
+        self.still = false;
         if self.current == Some(id) {
             return true;
         }
@@ -158,6 +162,11 @@ impl State {
 
     pub(super) fn hold(&mut self) {
         self.held = true;
+    }
+
+    pub(super) fn stand_still(&mut self) {
+        self.held = true;
+        self.still = true;
     }
 
     pub(super) fn disconnect(&mut self, id: ConnectionId) {
@@ -272,6 +281,9 @@ impl State {
 
     /// From the guest to the uplink.
     fn turn_inbound(&mut self) -> Result<(), RelayEnd> {
+        if self.still {
+            return Ok(());
+        }
         while let Some(source) = self.sources.front() {
             let (id, left_bytes) = (source.id, source.left_bytes);
             let is_left_behind = self.sources.len() > 1 || self.current != Some(id);
@@ -382,6 +394,9 @@ impl State {
 
     /// The connection whose frames are next to go to the uplink.
     fn source(&self) -> Option<&Connection> {
+        if self.still {
+            return None;
+        }
         let index = self.index(self.sources.front()?.id)?;
         Some(&self.connections[index])
     }

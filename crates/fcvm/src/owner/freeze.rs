@@ -371,8 +371,11 @@ impl RunningVm {
         let mut watch = super::Stopwatch::new(Vec::new());
         // Neither side of the agent's channel moves while the guest's side is being saved.
         let held = self.link.hold();
-        if let (Way::Succession { .. }, Some(relay)) = (&preparation.way, &self.network.relay) {
-            relay.hold();
+        match (&preparation.way, &self.network.relay) {
+            // The process is left behind: it has to be rid of what it sends.
+            (Way::Succession { .. }, Some(relay)) => relay.hold(),
+            (_, Some(relay)) => relay.stand_still(),
+            _ => {}
         }
         let stopped = async {
             machine.pause().await.context("cannot pause the VM")?;
@@ -397,16 +400,20 @@ impl RunningVm {
 
     /// After a failure: lets the present machine go on, whichever it is.
     async fn go_on(&self, machine: &Vm) {
-        if let (Some(relay), Some(connection)) = (&self.network.relay, self.connection.get()) {
-            // Ends the hold; the connection is there as long as its machine.
-            let _ = relay.activate(connection);
-        }
+        self.network_goes_on();
         if let Err(error) = self.machine.resume().await {
             // Where the process has ended meanwhile its supervisor tells that.
             if !matches!(error, HypervisorError::Disconnected { .. }) {
                 tracing::error!(target: "vm", "the VM cannot go on: {error}");
             }
             machine.kill();
+        }
+    }
+
+    /// Ends that the relay holds frames; the connection is there as long as its machine.
+    fn network_goes_on(&self) {
+        if let (Some(relay), Some(connection)) = (&self.network.relay, self.connection.get()) {
+            let _ = relay.activate(connection);
         }
     }
 
@@ -448,6 +455,7 @@ impl RunningVm {
                 fcvm_storage::clone_file(&File::from(present), &copy)
                     .context("cannot copy the VM's memory")?;
                 watch.lap("memory");
+                self.network_goes_on();
                 self.machine.resume().await?;
                 watch.lap("resume");
                 (copy.into(), None)
@@ -455,6 +463,7 @@ impl RunningVm {
             Way::Difference { mapping, mut pages } => {
                 mapping.capture(&mut pages)?;
                 watch.lap("memory");
+                self.network_goes_on();
                 self.machine.resume().await?;
                 watch.lap("resume");
                 let size = foundation.memory.borrow().size().bytes();
