@@ -37,8 +37,9 @@ fn is_without_gap(text: &str) {
 /// Reads so many numbers more than `said` has.
 fn hear_on(said: &mut String, stream: &mut Stream, count: u64) {
     let whole = &said[..said.rfind('\n').unwrap()];
-    let numbers = whole.lines().filter_map(|line| line.parse::<u64>().ok());
-    let last = numbers.last().unwrap_or(0);
+    let mut numbers = whole.lines().rev();
+    let last = numbers.find_map(|line| line.parse::<u64>().ok());
+    let last = last.unwrap_or(0);
     said.push_str(&stream.expect(&format!("\n{}\n", last + count)));
 }
 
