@@ -184,7 +184,9 @@ impl FromStr for Reference {
         if path.contains(|c: char| c.is_ascii_uppercase()) {
             return refuse("its repository must be in lower case");
         }
-        if !is_registry(registry) || !path.split('/').all(is_component) || !tag.is_none_or(is_tag) {
+        // The grammar tries a path alone too: so names of hosts with '_' and without a port are taken.
+        let has_registry = is_registry(registry) || is_component(registry);
+        if !has_registry || !path.split('/').all(is_component) || !tag.is_none_or(is_tag) {
             return refuse("it breaks the rules for names and tags");
         }
         let latest = || digest.is_none().then(|| "latest".to_owned());
@@ -390,7 +392,7 @@ mod tests {
         (!unusable).then(|| reference.to_string())
     }
 
-    const ODD: [&str; 14] = [
+    const ODD: [&str; 17] = [
         "a--b/c",
         "a..b",
         "a_b",
@@ -405,6 +407,9 @@ mod tests {
         "a.b:5000/c:5000",
         "[]/a",
         "A.example/b",
+        "a.a_a/a",
+        "a.a_a:1/a",
+        "A.a_a/a",
     ];
 
     #[test]

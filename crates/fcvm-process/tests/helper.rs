@@ -80,7 +80,7 @@ async fn end_and_last_words_are_told_to_all_who_wait() {
     assert_eq!(one.status.code(), Some(3));
     assert_eq!(two.status.code(), Some(3));
     let text = helper.wait().await.to_string();
-    assert_eq!(text, "helper exited with status 3: last?[2J words");
+    assert_eq!(text, "helper exited with status 3: first; last?[2J words");
     let killed = run("kill -TERM $$").await;
     assert_eq!(killed.to_string(), "helper was ended by signal 15");
 }
