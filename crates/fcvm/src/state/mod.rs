@@ -8,7 +8,7 @@ mod lookup;
 mod reap;
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -223,13 +223,13 @@ impl StateStore {
                 continue;
             };
             match read_record(&self.paths(&id).record()) {
-                Ok(record) if is_ghost(&record) => {
+                Ok(Some(record)) if is_ghost(&record) => {
                     entries.extend(self.settle(&id, locked)?.map(Box::new).map(Entry::Vm))
                 }
-                Ok(record) => entries.push(Entry::Vm(Box::new(record))),
+                Ok(Some(record)) => entries.push(Entry::Vm(Box::new(record))),
                 // Removed between the listing and the reading, or not entered yet; what a crash left
                 // is cleared by `remove_leftovers`.
-                Err(_) if !self.paths(&id).record().exists() => {}
+                Ok(None) => {}
                 Err(reason) => entries.push(Entry::Unreadable {
                     directory: id.to_string(),
                     reason,
@@ -284,14 +284,26 @@ fn is_ghost(record: &VmRecord) -> bool {
     record.state != VmState::Exited && !fcvm_process::is_running(record.owner)
 }
 
-/// Reads a record's file; the error is a predicate: "is damaged (...)".
-fn read_record(path: &Path) -> Result<VmRecord, String> {
-    let metadata = std::fs::metadata(path).map_err(|error| format!("cannot be read ({error})"))?;
-    if metadata.len() > MAX_RECORD_BYTES {
-        return Err(format!("is damaged ({} bytes long)", metadata.len()));
+/// Reads a record's file, `None` where there is none; the error is a predicate: "is damaged (...)".
+///
+/// Whether it is there and what it says come from one opening: a record may be entered or removed by
+/// another command at any moment.
+fn read_record(path: &Path) -> Result<Option<VmRecord>, String> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(format!("cannot be read ({error})")),
+    };
+    let mut bytes = Vec::new();
+    file.take(MAX_RECORD_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| format!("cannot be read ({error})"))?;
+    if bytes.len() as u64 > MAX_RECORD_BYTES {
+        return Err(format!(
+            "is damaged (more than {MAX_RECORD_BYTES} bytes long)"
+        ));
     }
-    let bytes = std::fs::read(path).map_err(|error| format!("cannot be read ({error})"))?;
-    parse_record(&bytes)
+    parse_record(&bytes).map(Some)
 }
 
 /// Reads a record's bytes.
@@ -448,6 +460,32 @@ pub(crate) mod tests {
                 .to_string()
                 .contains("is damaged")
         );
+    }
+
+    #[test]
+    fn records_that_come_and_go_while_others_list_are_never_told_as_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(&dir);
+        let me = super::this_process().unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let lister = scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    for entry in store.entries(false).unwrap() {
+                        if let Entry::Unreadable { reason, .. } = entry {
+                            return Some(reason);
+                        }
+                    }
+                }
+                None
+            });
+            for _ in 0..400 {
+                let passing = record(&store, "passing", me);
+                store.remove(&passing.id).unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(lister.join().unwrap(), None);
+        });
     }
 
     #[test]

@@ -16,7 +16,7 @@ impl StateStore {
         let _lock = if locked { None } else { Some(self.lock()?) };
         let paths = self.paths(id);
         // Another command may have settled it while this one waited.
-        let Ok(mut record) = read_record(&paths.record()) else {
+        let Ok(Some(mut record)) = read_record(&paths.record()) else {
             return Ok(None);
         };
         if !is_ghost(&record) {
