@@ -26,7 +26,7 @@ pub use branch::{
 pub use clone::{CloneMethod, clone_file};
 pub use disk::{Disk, DiskUsage, FrozenDisk, Layer, LayerFormat, pool_file_bytes};
 pub use error::StorageError;
-pub use host::{free_bytes, nameless_file, reflink_support};
+pub use host::{free_bytes, nameless_file, naming_support, reflink_support};
 pub use persist::{DiskManifest, LAYER_COUNT_MAX, LayerManifest, Shelf};
 pub use qcow2::Qcow2Header;
 pub use scratch::{SCRATCH_SIZE_MAX, SCRATCH_SIZE_MIN, ScratchDisk, ScratchStore, find_mkfs};

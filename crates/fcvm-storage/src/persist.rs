@@ -2,12 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +14,7 @@ use crate::checksum::crc32c_of;
 use crate::clone::clone_file;
 use crate::disk::{FrozenDisk, Layer, LayerFormat, allocated_bytes};
 use crate::error::StorageError;
-use crate::host::nameless_file;
+use crate::host::{name_file, nameless_file};
 use crate::qcow2::Qcow2Header;
 
 /// Most layers of a disk that is kept: more than ever come together where chains are merged.
@@ -236,7 +235,7 @@ impl Drop for Added {
 
 /// Gives the file a name, or a copy of it where that can not be. False where it has that name already.
 fn give_name(file: &File, path: &Path) -> io::Result<bool> {
-    match link(file, path) {
+    match name_file(file, path) {
         Ok(()) => return Ok(true),
         Err(Errno::EXIST) => {
             let (known, there) = (file.metadata()?, path.symlink_metadata()?);
@@ -253,7 +252,7 @@ fn give_name(file: &File, path: &Path) -> io::Result<bool> {
     }
     let copy = nameless_file(path.parent().unwrap_or(path))?;
     clone_file(file, &copy)?;
-    match link(&copy, path) {
+    match name_file(&copy, path) {
         Ok(()) => Ok(true),
         // A file system without nameless files.
         Err(Errno::NOENT) => {
@@ -265,11 +264,6 @@ fn give_name(file: &File, path: &Path) -> io::Result<bool> {
         }
         Err(errno) => Err(errno.into()),
     }
-}
-
-fn link(file: &File, path: &Path) -> Result<(), Errno> {
-    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-    rustix::fs::linkat(CWD, &own, CWD, path, AtFlags::SYMLINK_FOLLOW)
 }
 
 fn open_layer(path: &Path) -> Result<File, StorageError> {

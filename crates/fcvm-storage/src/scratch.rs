@@ -11,12 +11,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use fcvm_types::ByteSize;
-use rustix::fs::{AtFlags, CWD};
 use rustix::io::Errno;
 
 use crate::clone::{CloneMethod, clone_file};
 use crate::error::StorageError;
-use crate::host::nameless_file;
+use crate::host::{name_file, nameless_file};
 
 /// Smallest scratch disk.
 pub const SCRATCH_SIZE_MIN: ByteSize = ByteSize::from_mib(16);
@@ -274,13 +273,11 @@ fn open_template(path: &Path, size: ByteSize) -> Option<File> {
 
 /// Gives a file without a name its name, replacing what has it.
 fn publish(file: &File, path: &Path) -> io::Result<()> {
-    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    rustix::fs::linkat(CWD, &own, CWD, path, AtFlags::SYMLINK_FOLLOW)?;
-    Ok(())
+    Ok(name_file(file, path)?)
 }
 
 fn is_full(reason: &str) -> bool {

@@ -22,6 +22,7 @@ use fcvm_types::record::{ProcessIdentity, Resource};
 use fcvm_types::{ByteSize, VmId};
 use rustix::pipe::PipeFlags;
 
+use super::jail::jailer;
 use super::log::{console_tail, spawn_console};
 use super::spec::VmSpec;
 use super::{Entry, Stopwatch};
@@ -424,18 +425,6 @@ pub(crate) fn firecracker(context: &Context, runtime: &Path) -> anyhow::Result<F
 fn jail_user(id: &VmId) -> u32 {
     const DIGITS: usize = 6;
     JAIL_GROUP + 1 + u32::from_str_radix(&id.short()[..DIGITS], 16).unwrap_or(0)
-}
-
-/// The jailer of a Firecracker.
-pub(crate) fn jailer(context: &Context, firecracker: &Firecracker) -> anyhow::Result<PathBuf> {
-    firecracker.check_static()?;
-    let program = firecracker.program();
-    Jail::find_jailer(program, &context.search_path.to_string_lossy()).with_context(|| {
-        format!(
-            "there is no jailer beside {} nor in PATH: 'fcvm setup firecracker' fetches both",
-            program.display()
-        )
-    })
 }
 
 /// The Firecracker of a VM, in its jail where it has one; what that leaves after a crash is noted.
