@@ -1,5 +1,5 @@
 //! What `fcvm kernel build` and `config` refuse, through the program: one line that says what to do, before anything is
-//! compiled. Nothing is fetched.
+//! compiled; and what a build says that fails. Nothing is fetched.
 
 #![allow(missing_docs, reason = "a test program has no users")]
 
@@ -81,10 +81,16 @@ fn refusal(output: &Output) -> String {
 
 /// True, with a line that says so, where this machine cannot build kernels.
 fn tools_are_missing() -> bool {
+    let headers = ["gelf.h", "openssl/bio.h"];
     let missing: Vec<&str> = ["make", "gcc", "flex", "bison", "bc", "perl", "xz"]
         .into_iter()
         .filter(|program| find(program).is_none())
-        .chain((!Path::new("/usr/include/gelf.h").exists()).then_some("gelf.h"))
+        .chain(headers.into_iter().filter(|header| {
+            let include = ["/usr/include", "/usr/include/x86_64-linux-gnu"];
+            !include
+                .iter()
+                .any(|directory| Path::new(directory).join(header).exists())
+        }))
         .collect();
     if !missing.is_empty() {
         println!("skipped: building kernels needs {}", missing.join(", "));
@@ -254,5 +260,70 @@ fn a_disk_without_room_is_told_before_anything_is_unpacked() {
             String::from_utf8_lossy(&output.stderr).trim()
         ),
         Err(error) => println!("skipped: no unshare: {error}"),
+    }
+}
+
+/// A source whose Makefile compiles each file, as a kernel's does, and no more of a kernel than that.
+fn small_source(scratch: &Scratch) -> [String; 4] {
+    let tree = scratch.path("linux");
+    let makefile = "VERSION = 6
+PATCHLEVEL = 12
+SUBLEVEL = 1
+allnoconfig:
+\tcp $(KCONFIG_ALLCONFIG) $(O)/.config
+olddefconfig: ;
+bzImage: $(O)/first.o $(O)/second.o
+$(O)/%.o: %.c
+\t@echo '  CC      $*.o'
+\t@$(CC) -c -o $@ $<
+";
+    let profile = "summary = 'small'\n[symbols.'All']\nFIRST = { why = 'a test', cost = 'none' }\n";
+    for (name, text) in [
+        ("linux/Makefile", makefile),
+        ("linux/Kconfig", "config FIRST\n\tbool \"first\"\n"),
+        ("linux/first.c", "#warning error: a word\nint first;\n"),
+        (
+            "linux/second.c",
+            "int second = missing;\nint third = absent;\n",
+        ),
+        ("small.toml", profile),
+    ] {
+        fs::write(scratch.path(name), text).unwrap();
+    }
+    let profile = scratch.path("small.toml").display().to_string();
+    [
+        "--profile".to_owned(),
+        profile,
+        "--source".to_owned(),
+        format!("tree:{}", tree.display()),
+    ]
+}
+
+#[test]
+fn a_failing_build_tells_its_first_error_and_where_the_rest_is() {
+    if tools_are_missing() {
+        return;
+    }
+    let scratch = Scratch::new([6, 12, 1]);
+    let inputs = small_source(&scratch);
+    let mut command = scratch.command(&["build", "--jobs", "1"]);
+    let output = command.args(inputs).output().unwrap();
+    let said = refusal(&output);
+    assert!(
+        said.contains("building small-6.12.1-")
+            && said.contains("second.c:1:14: error: 'missing' undeclared"),
+        "{said}"
+    );
+    let progress = String::from_utf8(output.stderr).unwrap();
+    assert!(progress.contains("objects (first.o)"), "{progress}");
+    let (_, log) = said.split_once("(all of it: ").unwrap();
+    let log = fs::read_to_string(log.trim_end_matches(')')).unwrap();
+    for line in [
+        "  CC      first.o",
+        "#warning error: a word",
+        "'absent' undeclared",
+        "make: ***",
+    ] {
+        assert!(log.contains(line), "{line} is not in: {log}");
     }
 }

@@ -11,7 +11,7 @@ use crate::{KernelError, Result};
 pub struct Kexec {
     /// Loads the kernel; nothing else happens yet.
     pub load: Vec<String>,
-    /// Ends the services in order and starts what is loaded.
+    /// Starts what is loaded; where systemd runs, after it has ended the services in order.
     pub start: Vec<String>,
 }
 
@@ -53,17 +53,21 @@ pub fn kexec(root: &Path, kernel: &HostKernel, command_line: Option<&str>) -> Re
     let command_line = command_line.map_or_else(|| running(&read("proc/cmdline")), str::to_owned);
     check_root(&command_line, kernel.initrd.is_some())
         .map_err(|error| refuse(error.to_string()))?;
+    let program = format!("/{program}");
     let mut load = vec![
-        format!("/{program}"),
+        program.clone(),
         "--load".to_owned(),
+        // The kernel reads the image itself where it can; older ones are handed its parts.
+        "--kexec-syscall-auto".to_owned(),
         kernel.vmlinuz.display().to_string(),
     ];
     if let Some(initrd) = &kernel.initrd {
         load.push(format!("--initrd={}", initrd.display()));
     }
     load.push(format!("--command-line={command_line}"));
-    Ok(Kexec {
-        load,
-        start: ["systemctl", "kexec"].map(str::to_owned).to_vec(),
-    })
+    let start = match root.join("run/systemd/system").exists() {
+        true => ["systemctl", "kexec"].map(str::to_owned).to_vec(),
+        false => vec![program, "--exec".to_owned()],
+    };
+    Ok(Kexec { load, start })
 }

@@ -326,6 +326,10 @@ fn kexec_is_refused_where_it_would_fail() {
     let way = kexec(&lab.root(), &lab.kernel, None).unwrap();
     assert_eq!(way.load[0], "/usr/sbin/kexec");
     assert_eq!(way.load.last().unwrap(), "--command-line=root=/dev/vda1 ro");
+    assert_eq!(way.start, ["/usr/sbin/kexec", "--exec"]);
+    fs::create_dir_all(lab.root().join("run/systemd/system")).unwrap();
+    let way = kexec(&lab.root(), &lab.kernel, None).unwrap();
+    assert_eq!(way.start, ["systemctl", "kexec"]);
     let other = kexec(&lab.root(), &lab.kernel, Some("root=UUID=1"));
     assert!(other.unwrap_err().to_string().contains("initramfs"));
 }

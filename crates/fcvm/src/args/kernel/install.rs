@@ -77,7 +77,9 @@ pub(crate) struct EntriesArguments {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
         fcvm kernel kexec host-full            check, and show the commands\n  \
-        fcvm kernel kexec host-full --load     load it; the next 'systemctl kexec' starts it")]
+        fcvm kernel kexec host-full --load     load it; the next 'systemctl kexec' starts it\n  \
+        fcvm kernel kexec host-full --yes      load it and start it at once\n\n\
+        Where systemd runs, it ends the services first; elsewhere what is not on disk is lost.")]
 pub(crate) struct KexecArguments {
     /// Root directory of the system that is checked; only '/' can be loaded into
     #[arg(long, value_name = "DIR", default_value = "/")]
@@ -91,6 +93,9 @@ pub(crate) struct KexecArguments {
     /// Load the kernel; it is not started yet
     #[arg(long)]
     pub(crate) load: bool,
+    /// Load the kernel and start it: the running system ends
+    #[arg(long, conflicts_with = "load")]
+    pub(crate) yes: bool,
     /// The kernel: a name of 'fcvm kernel ls', a profile (its newest), or a directory with vmlinuz or bzImage
     pub(crate) kernel: String,
 }

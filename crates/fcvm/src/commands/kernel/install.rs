@@ -78,15 +78,20 @@ pub(crate) fn kexec(context: &Context, arguments: &KexecArguments) -> anyhow::Re
     let way = install::kexec(&arguments.root, &kernel, arguments.command_line.as_deref())?;
     println!("{}", super::shown(&way.load));
     println!("{}", super::shown(&way.start));
-    if arguments.load {
-        anyhow::ensure!(
-            is_running_system(&arguments.root)?,
-            "nothing is loaded: {} is not the running system",
-            arguments.root.display()
-        );
-        super::execute(&way.load)?;
+    if !arguments.load && !arguments.yes {
+        return Ok(EXIT_SUCCESS);
+    }
+    anyhow::ensure!(
+        is_running_system(&arguments.root)?,
+        "nothing is loaded: {} is not the running system",
+        arguments.root.display()
+    );
+    super::execute(&way.load)?;
+    if arguments.yes {
+        super::execute(&way.start)?;
+    } else {
         println!(
-            "loaded: '{}' ends all services and starts it",
+            "loaded: '{}' ends this system and starts it",
             super::shown(&way.start)
         );
     }
