@@ -73,6 +73,10 @@ fn tune_writes_below_a_directory_and_says_which_files() {
             "w /sys/devices/virtual/workqueue/cpumask - - - - 00000003",
         ),
         ("etc/fcvm/kernel-command-line", "hugepagesz=1G hugepages=32"),
+        (
+            "etc/systemd/system/fcvm-kernel-threads.service",
+            "taskset --cpu-list --pid 0-1 $$pid",
+        ),
     ] {
         assert!(
             said.contains(&format!("written: {directory}/{file}")),

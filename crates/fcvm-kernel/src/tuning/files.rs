@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Place, Plan, Setting};
+use super::{KernelThread, Place, Plan, Setting};
 use crate::install::beneath;
 use crate::{Result, files};
 
@@ -48,7 +48,27 @@ impl Plan {
                 path: "etc/fcvm/kernel-command-line",
                 content: format!("{}\n", self.command_line(zfs_built_in)),
             },
+            PlannedFile {
+                path: "etc/systemd/system/fcvm-kernel-threads.service",
+                content: self.threads_service(),
+            },
         ]
+    }
+
+    /// A service that gives kernel threads their policy, priority and processors; those of a pool, once it is imported.
+    fn threads_service(&self) -> String {
+        let mut text = format!(
+            "{HEADER}\n[Unit]\nDescription=Policy and processors of kernel threads\nAfter=zfs.target\n\n\
+             [Service]\nType=oneshot\n"
+        );
+        for thread in &self.cpus.threads {
+            text += &format!(
+                "\n# {}\nExecStart=/bin/sh -c '{}'\n",
+                thread.reason,
+                thread.script()
+            );
+        }
+        text + "\n[Install]\nWantedBy=multi-user.target\n"
     }
 
     fn file(
@@ -66,6 +86,28 @@ impl Plan {
             content += &format!("\n# {}\n{}\n", setting.reason, line(setting));
         }
         PlannedFile { path, content }
+    }
+}
+
+impl KernelThread {
+    /// What a shell does to all of them, as systemd quotes it. One that ended meanwhile, or that the kernel binds
+    /// itself, is passed over.
+    fn script(&self) -> String {
+        let mut actions = match self.policy {
+            "fifo" => format!("chrt --fifo --pid {} $$pid", self.priority),
+            _ => format!(
+                "chrt --other --pid 0 $$pid; renice --priority {} --pid $$pid",
+                self.priority
+            ),
+        };
+        if let Some(cpus) = &self.cpus {
+            actions += &format!("; taskset --cpu-list --pid {cpus} $$pid");
+        }
+        // Process 2 is the parent of the kernel's threads, and of nothing else.
+        format!(
+            "for pid in $$(pgrep --parent 2 \"{}\"); do {actions}; done; true",
+            self.pattern
+        )
     }
 }
 

@@ -154,6 +154,60 @@ fn files_are_written_whole_and_again() {
     assert_eq!(left.len(), 1, "no temporary file is left");
 }
 
+/// The service's lines are run by a shell, with programs that write down how they were called.
+#[test]
+fn kernel_threads_get_their_policy_and_processors() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let plan = super::plan(&request(64 * GIB)).unwrap();
+    let files = plan.files(false);
+    let service = files
+        .iter()
+        .find(|file| file.path.ends_with(".service"))
+        .unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    for program in ["pgrep", "chrt", "taskset", "renice"] {
+        let path = directory.path().join(program);
+        let text = match program {
+            "pgrep" => "#!/bin/sh\n[ \"$1 $2\" = '--parent 2' ] && echo rcuop/7 rcu_preempt irq/24 txg_sync kthreadd |
+                tr ' ' '\\n' | grep -E \"$3\"\n".to_owned(),
+            other => format!("#!/bin/sh\necho {other} $* >>{}/calls\nexit 1\n", directory.path().display()),
+        };
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let path = format!("{}:/usr/bin:/bin", directory.path().display());
+    for line in service
+        .content
+        .lines()
+        .filter_map(|line| line.strip_prefix("ExecStart=/bin/sh -c '"))
+    {
+        let script = line.strip_suffix('\'').unwrap().replace("$$", "$");
+        let status = std::process::Command::new("/bin/sh")
+            .args(["-c", &script])
+            .env("PATH", &path)
+            .status()
+            .unwrap();
+        // A thread that cannot be moved is no reason to stop.
+        assert!(status.success(), "{script}");
+    }
+    assert_eq!(
+        std::fs::read_to_string(directory.path().join("calls"))
+            .unwrap()
+            .lines()
+            .collect::<Vec<_>>(),
+        [
+            "chrt --fifo --pid 50 irq/24",
+            "taskset --cpu-list --pid 0-1 irq/24",
+            "chrt --fifo --pid 2 rcu_preempt",
+            "chrt --fifo --pid 1 rcuop/7",
+            "taskset --cpu-list --pid 0-1 rcuop/7",
+            "chrt --other --pid 0 txg_sync",
+            "renice --priority 0 --pid txg_sync",
+            "taskset --cpu-list --pid 0-1 txg_sync",
+        ]
+    );
+}
+
 #[test]
 fn what_the_kernel_says_is_understood() {
     let text = "MemTotal:       24684096 kB\nMemFree: 1 kB\nHugePages_Total:       3\nHugepagesize:       2048 kB\n";

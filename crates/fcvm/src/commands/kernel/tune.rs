@@ -203,7 +203,8 @@ fn print_text(plan: &Plan, zfs_built_in: bool, written: &[(String, &'static str)
     if !written.is_empty() {
         println!(
             "sysctl --system loads the first at once; the others count from the next boot on, the command line once the \
-             boot loader has it, and module options once the initramfs is made anew"
+             boot loader has it, module options once the initramfs is made anew, and the threads' places with \
+             'systemctl enable --now fcvm-kernel-threads'"
         );
     }
 }
