@@ -375,8 +375,26 @@ fn the_running_system_is_changed_only_when_that_is_said() {
     assert!(refused.stderr.contains("--yes"), "{}", refused.stderr);
     assert!(!std::path::Path::new("/boot/vmlinuz-6.12.1-test").exists());
     let elsewhere = directory.path().to_str().unwrap();
-    let kexec = fcvm(&["kernel", "kexec", "--root", elsewhere, "--load", &kernel]);
-    assert_eq!(kexec.code, 125);
+    for (path, text) in [
+        ("proc/sys/kernel/kexec_load_disabled", "0\n"),
+        ("usr/sbin/kexec", ""),
+    ] {
+        let path = directory.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    let kexec = ["kernel", "kexec", "--root", elsewhere, &kernel];
+    let shown = must(&[&kexec[..], &line[..]].concat());
+    assert!(shown.contains("--command-line=root=/dev/vda1"), "{shown}");
+    for unasked in ["--load", "--yes"] {
+        let refused = fcvm(&[&kexec[..], &line[..], &[unasked]].concat());
+        assert_eq!(refused.code, 125);
+        assert!(
+            refused.stderr.contains("not the running system"),
+            "{}",
+            refused.stderr
+        );
+    }
     assert_eq!(
         fcvm(&["kernel", "install", "--root", elsewhere, "nothing"]).code,
         125
