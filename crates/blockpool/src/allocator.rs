@@ -15,7 +15,8 @@ const GROUP_RECORDS: u64 = GROUP_BLOCKS / RECORD_BLOCKS;
 /// Records of one word of a map.
 const WORD_RECORDS: u64 = 64 / RECORD_BLOCKS;
 const FULL: u16 = u16::MAX;
-/// Neighbours that are given back to the host: shorter runs are used again before that pays.
+/// Neighbours that are given back to the host: shorter runs are used again before that pays. So many from a multiple of it
+/// on are given back with the last of them that is freed, whenever the others were.
 const PUNCHED_RECORDS: u64 = 4;
 /// Runs that are given back with one checkpoint, which others wait for.
 const PUNCHED_RUNS: usize = 1024;
@@ -55,27 +56,13 @@ pub(crate) enum Freed {
     Page(u64),
 }
 
-/// Runs of freed records, first and count, that are worth telling the host of; the longest ones.
-pub(crate) fn punchable(freed: &[Freed]) -> Vec<(u64, u64)> {
-    let mut records: Vec<u64> = freed
-        .iter()
-        .filter_map(|freed| match freed {
-            Freed::Data(extent) => extent.is_record().then_some(extent.record()),
-            Freed::Page(_) => None,
-        })
-        .collect();
-    records.sort_unstable();
-    let mut runs: Vec<(u64, u64)> = Vec::new();
-    for record in records {
-        match runs.last_mut() {
-            Some((first, count)) if *first + *count == record => *count += 1,
-            _ => runs.push((record, 1)),
-        }
-    }
-    runs.retain(|(_, count)| *count >= PUNCHED_RECORDS);
-    runs.sort_unstable_by_key(|(_, count)| std::cmp::Reverse(*count));
-    runs.truncate(PUNCHED_RUNS);
-    runs
+/// What goes back to the host.
+#[derive(Debug, Default)]
+pub(crate) struct Punchable {
+    /// Runs of records, first and count; the longest ones.
+    pub(crate) runs: Vec<(u64, u64)>,
+    /// Records of them that were free before, and are busy until they are [released](Allocator::release).
+    neighbours: Vec<u64>,
 }
 
 /// The one block of a page.
@@ -460,8 +447,65 @@ impl Allocator {
         self.freed = freed;
     }
 
+    /// What the host gets back now that no checkpoint names what was freed.
+    pub(crate) fn punchable(&mut self, freed: &[Freed]) -> Punchable {
+        let mut freed_bits: BTreeMap<u64, u16> = BTreeMap::new();
+        for freed in freed {
+            // The checkpoint before is of use for a repair as long as its pages are there.
+            if let Freed::Data(extent) = freed {
+                *freed_bits.entry(extent.record()).or_default() |= extent.bits();
+            }
+        }
+        let mut records: BTreeSet<u64> = freed_bits
+            .into_iter()
+            .filter(|(record, bits)| self.busy.record(*record) == *bits)
+            .map(|(record, _)| record)
+            .collect();
+        let neighbours = self.free_neighbours(&records);
+        for record in &neighbours {
+            self.set_busy(Extent::of_record(*record), true);
+        }
+        records.extend(&neighbours);
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for record in records {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == record => *count += 1,
+                _ => runs.push((record, 1)),
+            }
+        }
+        runs.retain(|(_, count)| *count >= PUNCHED_RECORDS);
+        runs.sort_unstable_by_key(|(_, count)| std::cmp::Reverse(*count));
+        runs.truncate(PUNCHED_RUNS);
+        Punchable { runs, neighbours }
+    }
+
+    /// Free records that make whole groups of [`PUNCHED_RECORDS`] of those that become free.
+    fn free_neighbours(&self, freed: &BTreeSet<u64>) -> Vec<u64> {
+        let mut groups: Vec<u64> = freed
+            .iter()
+            .map(|record| record / PUNCHED_RECORDS)
+            .collect();
+        groups.dedup();
+        let is_free =
+            |record: &u64| self.contains_record(*record) && self.busy.record(*record) == 0;
+        groups
+            .into_iter()
+            .map(|group| group * PUNCHED_RECORDS..(group + 1) * PUNCHED_RECORDS)
+            .filter(|group| {
+                group
+                    .clone()
+                    .all(|record| freed.contains(&record) || is_free(&record))
+            })
+            .flatten()
+            .filter(|record| !freed.contains(record))
+            .collect()
+    }
+
     /// What was freed can be given out.
-    pub(crate) fn release(&mut self, freed: &[Freed]) {
+    pub(crate) fn release(&mut self, freed: &[Freed], punched: &Punchable) {
+        for record in &punched.neighbours {
+            self.give_back(Extent::of_record(*record));
+        }
         for freed in freed {
             match *freed {
                 Freed::Data(extent) => self.give_back(extent),

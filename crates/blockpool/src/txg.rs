@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::allocator::{Freed, punchable};
+use crate::allocator::{Freed, Punchable};
 use crate::error::{PoolError, Result};
 use crate::layout::{BLOCK, BLOCK_BYTES, PagePointer, RECORD_BYTES, Superblock, TreeName};
 use crate::log::{self, DATA_BLOCKS_MAX};
@@ -199,22 +199,25 @@ impl Inner {
             covered,
             ..LogPosition::after(&prepared.superblock)
         };
-        self.punch(&prepared.freed);
+        let punchable = self.state().metadata.allocator.punchable(&prepared.freed);
+        self.punch(&punchable);
         // Nobody reads what was freed any more once all reads that are on their way have ended.
         let _no_io = self
             .io_gate
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut state = self.state();
-        state.metadata.allocator.release(&prepared.freed);
+        state
+            .metadata
+            .allocator
+            .release(&prepared.freed, &punchable);
         state.metadata.shrink_cache();
         Ok(())
     }
 
     /// Gives space of records back to the host that no checkpoint names any more and that is not given out yet.
-    fn punch(&self, freed: &[Freed]) {
-        let runs = punchable(freed);
-        if runs.is_empty() {
+    fn punch(&self, punchable: &Punchable) {
+        if punchable.runs.is_empty() {
             return;
         }
         // Reads that began before the records were freed have to end.
@@ -223,7 +226,7 @@ impl Inner {
                 .write()
                 .unwrap_or_else(std::sync::PoisonError::into_inner),
         );
-        for (first, count) in runs {
+        for (first, count) in &punchable.runs {
             let result = self.disk.punch(first * RECORD_BYTES, count * RECORD_BYTES);
             // Where the host cannot, the space is used again by the pool.
             if result.is_err() {

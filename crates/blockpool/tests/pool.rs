@@ -649,4 +649,24 @@ fn what_is_removed_is_given_back_to_the_host() {
         return;
     }
     assert!(left < before + (1 << 20), "{before} {left}");
+
+    // Two that were written in turns, so that each has every other record, and go one after the other.
+    let objects = ["d/a", "d/b"].map(|text| pool.create_object(&name(text), 8 << 20).unwrap());
+    for at in (0..8 << 20).step_by(RECORD_BYTES as usize) {
+        for object in &objects {
+            object
+                .write_at(&vec![2; RECORD_BYTES as usize], at)
+                .unwrap();
+        }
+    }
+    pool.checkpoint().unwrap();
+    assert!(taken() >= before + (16 << 20));
+    drop(objects);
+    for text in ["d/a", "d/b"] {
+        pool.destroy(&name(text), false).unwrap();
+        pool.checkpoint().unwrap();
+    }
+    let left = taken();
+    assert!(left < before + (1 << 20), "{before} {left}");
+    verify_accounting(&pool);
 }

@@ -115,6 +115,7 @@ struct Inner {
     start: Vec<(u64, Box<[u8]>)>,
     events: Option<Vec<Event>>,
     fault: Option<Fault>,
+    failure_count: usize,
 }
 
 impl Inner {
@@ -140,6 +141,7 @@ impl Inner {
             return false;
         };
         if *count == 0 {
+            self.failure_count += 1;
             return true;
         }
         *count -= 1;
@@ -193,6 +195,12 @@ impl SimulatedDisk {
     /// Lets the disk fail, or not fail any more.
     pub fn set_fault(&self, fault: Option<Fault>) {
         self.with(|inner| inner.fault = fault);
+    }
+
+    /// How many calls failed on purpose.
+    #[must_use]
+    pub fn failure_count(&self) -> usize {
+        self.with(|inner| inner.failure_count)
     }
 
     /// A copy of the disk as it is.
