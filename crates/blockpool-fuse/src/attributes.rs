@@ -53,8 +53,8 @@ impl FileSystem {
             times: [memory.accessed, memory.modified, memory.changed].map(since_epoch),
             mode: kind | (memory.mode & writable),
             link_count,
-            uid: self.uid,
-            gid: self.gid,
+            uid: memory.uid.unwrap_or(self.uid),
+            gid: memory.gid.unwrap_or(self.gid),
         })
     }
 
@@ -97,13 +97,11 @@ impl FileSystem {
     pub(crate) fn setattr(&self, node: &Node, mut arguments: Arguments<'_>) -> Answer {
         let (valid, size_bytes, times, mode, owner) =
             read_setattr(&mut arguments).ok_or(Errno::INVAL)?;
-        if valid & (set::UID | set::GID) != 0 {
-            let keeps_uid = valid & set::UID == 0 || owner.0 == self.uid;
-            let keeps_gid = valid & set::GID == 0 || owner.1 == self.gid;
-            if !keeps_uid || !keeps_gid {
-                // All files belong to who mounted.
-                return Err(Errno::PERM);
-            }
+        let owner = [(set::UID, owner.0, self.uid), (set::GID, owner.1, self.gid)]
+            .map(|(bit, wanted, own)| (valid & bit != 0).then_some((wanted, own)));
+        if self.uid != 0 && owner.iter().flatten().any(|(wanted, own)| wanted != own) {
+            // Nobody else could use it.
+            return Err(Errno::PERM);
         }
         if valid & set::SIZE != 0 {
             let Target::File(object) = &node.target else {
@@ -118,6 +116,9 @@ impl FileSystem {
             if valid & set::MODE != 0 {
                 memory.mode = mode & 0o777;
             }
+            let [uid, gid] = owner.map(|owner| owner.map(|(wanted, _)| wanted));
+            memory.uid = uid.or(memory.uid);
+            memory.gid = gid.or(memory.gid);
             let now = SystemTime::now();
             if valid & set::ATIME != 0 {
                 let is_now = valid & set::ATIME_NOW != 0;

@@ -1,4 +1,7 @@
 //! Mounting and unmounting as an ordinary user, through fusermount3.
+//!
+//! The kernel lets nobody else than who mounted into a mount, not even root. One of root's is as other file systems:
+//! modes and owners say who may do what.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -32,7 +35,13 @@ pub fn mount(helper: &Path, source: &str, directory: &Path) -> Result<OwnedFd, M
     .map_err(failed)?;
     // A comma would begin another option.
     let source = source.replace('\\', "\\\\").replace(',', "\\,");
-    let options = format!("rw,nosuid,nodev,default_permissions,subtype=fcvm-pool,fsname={source}");
+    let others = if rustix::process::geteuid().is_root() {
+        "allow_other,"
+    } else {
+        ""
+    };
+    let options =
+        format!("rw,nosuid,nodev,default_permissions,{others}subtype=fcvm-pool,fsname={source}");
     let child = Command::new(helper)
         .args(["-o", &options, "--"])
         .arg(directory)

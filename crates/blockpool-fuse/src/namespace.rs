@@ -84,7 +84,23 @@ impl FileSystem {
             other => drop(other.map_err(errno)?),
         }
         let listed = self.pool.find(&name).map_err(errno)?;
-        Ok(Some(self.entry(&listed)?.1))
+        Ok(Some(self.made(&listed, request, None)?.1))
+    }
+
+    /// The answer to who made something, with its mode, where that is kept.
+    fn made(
+        &self,
+        listed: &Listed,
+        request: Request<'_>,
+        mode: Option<u32>,
+    ) -> Result<(Arc<Node>, Reply), Errno> {
+        let node = self.nodes.enter(listed, 0).map_err(errno)?;
+        {
+            let mut memory = node.memory();
+            memory.mode = mode.map_or(memory.mode, |mode| mode & 0o777);
+            (memory.uid, memory.gid) = (Some(request.uid), Some(request.gid));
+        }
+        self.entry(listed)
     }
 
     /// MKNOD, with its mode first, of a regular file.
@@ -97,9 +113,7 @@ impl FileSystem {
         }
         let name = self.file_name_in(request.node, arguments.name().ok_or(Errno::INVAL)?)?;
         let listed = self.make(&name, !request.is_resent)?;
-        let (node, reply) = self.entry(&listed)?;
-        node.memory().mode = mode & 0o777;
-        Ok(Some(reply))
+        Ok(Some(self.made(&listed, request, Some(mode))?.1))
     }
 
     fn make(&self, name: &Name, is_exclusive: bool) -> Result<Listed, Errno> {
@@ -125,11 +139,8 @@ impl FileSystem {
             let is_exclusive = flags & O_EXCL != 0 && !request.is_resent;
             self.make(&name, is_exclusive)?
         };
-        let (node, _) = self.entry(&listed)?;
-        node.memory().mode = mode & 0o777;
+        let (node, mut reply) = self.made(&listed, request, Some(mode))?;
         node.memory().may_be_mapped = true;
-        let mut reply = Reply::default();
-        self.put_entry(&node, &mut reply)?;
         put_open(&mut reply, flags);
         Ok(Some(reply))
     }

@@ -45,6 +45,9 @@ pub(crate) struct Memory {
     /// Somebody could have mapped it to write to it.
     pub(crate) may_be_mapped: bool,
     pub(crate) mode: u32,
+    /// Where it was given to somebody else than who mounted.
+    pub(crate) uid: Option<u32>,
+    pub(crate) gid: Option<u32>,
     pub(crate) accessed: SystemTime,
     pub(crate) modified: SystemTime,
     pub(crate) changed: SystemTime,
@@ -96,6 +99,8 @@ impl Node {
                     .is_some_and(|(dataset, _)| dataset == NAMELESS),
                 may_be_mapped: false,
                 mode: if is_directory { 0o700 } else { 0o600 },
+                uid: None,
+                gid: None,
                 accessed: time,
                 modified: time,
                 changed: time,

@@ -75,6 +75,9 @@ pub(crate) struct Request<'a> {
     /// It was sent before, to a process that ended before it answered; it may have been done.
     pub(crate) is_resent: bool,
     pub(crate) node: u64,
+    /// Who asks.
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
     arguments: &'a [u8],
 }
 
@@ -91,6 +94,8 @@ impl<'a> Request<'a> {
             unique,
             is_resent: unique & UNIQUE_RESEND != 0,
             node,
+            uid: header.u32()?,
+            gid: header.u32()?,
             arguments: bytes.get(IN_HEADER..length)?,
         })
     }

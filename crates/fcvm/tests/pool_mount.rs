@@ -372,6 +372,50 @@ fn attributes_are_kept_as_far_as_is_said() {
     assert!(found.f_bavail > 0);
 }
 
+#[test]
+fn in_roots_mount_modes_and_owners_decide() {
+    let Some(lab) = Lab::new() else { return };
+    let file = lab.create("file");
+    let other = Some(4711);
+    if !rustix::process::geteuid().is_root() {
+        let refused = std::os::unix::fs::fchown(&file, other, None);
+        assert_eq!(
+            refused.unwrap_err().kind(),
+            std::io::ErrorKind::PermissionDenied
+        );
+        return;
+    }
+    (&file).write_all(b"content").unwrap();
+    file.set_permissions(fs::Permissions::from_mode(0o600))
+        .unwrap();
+    for directory in [lab.directory.path(), &lab.mounted(""), &lab.mounted("set")] {
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o711)).unwrap();
+    }
+    let as_other = |script: &str| {
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--reuid=4711",
+            "--regid=4711",
+            "--clear-groups",
+            "sh",
+            "-c",
+            script,
+        ]);
+        command.current_dir(lab.mounted("set")).output().unwrap()
+    };
+    assert!(!as_other("cat file").status.success());
+    std::os::unix::fs::fchown(&file, other, None).unwrap();
+    assert_eq!(as_other("cat file").stdout, b"content");
+    assert!(!as_other("touch new").status.success());
+    fs::set_permissions(lab.mounted("set"), fs::Permissions::from_mode(0o777)).unwrap();
+    let made = as_other("umask 077; echo more >new && cat new && stat -c %u:%g new");
+    assert_eq!(String::from_utf8_lossy(&made.stdout), "more\n4711:4711\n");
+    // Another server knows nothing of it, and what is open stays open.
+    let open = File::open(lab.file("new")).unwrap();
+    lab.kill(false);
+    assert_eq!(open.metadata().unwrap().len(), 5);
+}
+
 fn umask() -> u32 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
