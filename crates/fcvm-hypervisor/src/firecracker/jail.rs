@@ -46,6 +46,8 @@ pub struct Jail {
     pub user: u32,
     /// The group, which may read the files that VMs share. All VMs have the same.
     pub group: u32,
+    /// The directory of the VM's disks: one that cannot be linked into the jail has a name there for a moment.
+    pub disks: PathBuf,
     /// A program and its first arguments that runs the command of its further ones and ends when that has
     /// ended, with the same exit status. It is the first process of the VM's PID namespace.
     pub init: (PathBuf, Vec<OsString>),
@@ -62,6 +64,11 @@ impl Jail {
             .chain(std::env::split_paths(search_path).filter(|path| path.is_absolute()))
             .map(|directory| directory.join("jailer"))
             .find(|path| crate::program::is_program(path))
+    }
+
+    /// The name by which a disk of another file system comes into the jail.
+    pub(super) fn passage(&self) -> PathBuf {
+        self.disks.join(format!("jail-{}", self.id))
     }
 
     /// The VM's control group.

@@ -84,7 +84,7 @@ impl Firecracker {
         &self,
         mut spec: HardwareSpec,
     ) -> Result<FirecrackerVm, HypervisorError> {
-        let place = Place::create(self)
+        let mut place = Place::create(self)
             .map_err(setup_failed("the directory of the hypervisor's sockets"))?;
         let agent = place
             .bind_agent()
@@ -127,6 +127,9 @@ impl Firecracker {
             // The helper is what began the VM's processes.
             Some(_) => api.server().await?,
         };
+        place
+            .mount(identity)
+            .map_err(setup_failed("the disks in the jail"))?;
         let vm = FirecrackerVm {
             helper,
             identity,

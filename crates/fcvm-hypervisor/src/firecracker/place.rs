@@ -2,12 +2,13 @@
 //!
 //! | | without a jail | with one |
 //! |---|---|---|
-//! | disks, the memory of another | links to inherited descriptors | hard links; copies of memory |
+//! | disks, the memory of another | links to inherited descriptors | hard links, a disk of another file system mounted; copies of memory |
 //! | other files | where they are | hard links, copies where a link cannot be |
 //! | sockets of others | where they are | hard links |
 //!
 //! A link needs nothing of what it leads to but the file, so a disk that has no name gets one in the
-//! jail. Files that a VM only reads may be those of others too: the jails' group is let read them.
+//! jail. Where it is in another file system, such as a mounted pool, it gets a name there, is mounted over a
+//! file of the jail, in the jail's own namespace of mounts, and loses the name again. Files that a VM only reads may be those of others too: the jails' group is let read them.
 
 use std::fs::{self, File};
 use std::io;
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use fcvm_process::HelperCommand;
 use fcvm_types::guest::AGENT_VSOCK_PORT;
+use fcvm_types::record::ProcessIdentity;
 use rustix::fs::{AtFlags, CWD, MemfdFlags, SeekFrom};
 use tokio::net::UnixListener;
 
@@ -42,6 +44,8 @@ pub(super) struct Place {
     jail: Option<Jail>,
     /// What dropping removes.
     made: PathBuf,
+    /// Disks that are to be mounted over files of these names.
+    mounts: Vec<(File, String)>,
 }
 
 impl Place {
@@ -69,6 +73,7 @@ impl Place {
             jail: firecracker.jail().cloned(),
             path,
             made,
+            mounts: Vec::new(),
         };
         if place.path != place.made {
             builder.create(&place.path)?;
@@ -90,9 +95,10 @@ impl Place {
         Ok(listener)
     }
 
-    /// Makes a file reachable by a name: one that it only reads, or one that is its own.
+    /// Makes a file reachable by a name: one that it only reads, or one that is its own, if need be once it has
+    /// [`begun`](Self::mount).
     pub(super) fn add(
-        &self,
+        &mut self,
         command: &mut HelperCommand,
         file: File,
         read_only: bool,
@@ -106,10 +112,30 @@ impl Place {
             }
             Some(jail) if read_only => share(&file, &path, jail.group),
             Some(jail) => {
-                link(&file, &path)?;
-                fchown(&file, Some(jail.user), None)
+                fchown(&file, Some(jail.user), None)?;
+                if file.metadata()?.dev() == fs::metadata(&self.path)?.dev() {
+                    return link(&file, &path);
+                }
+                File::create_new(path)?;
+                self.mounts.push((file, name.to_owned()));
+                Ok(())
             }
         }
+    }
+
+    /// Mounts what could not be linked, for the process that runs in the jail.
+    pub(super) fn mount(&mut self, process: ProcessIdentity) -> io::Result<()> {
+        for (file, name) in std::mem::take(&mut self.mounts) {
+            let Some(passage) = self.jail.as_ref().map(Jail::passage) else {
+                continue;
+            };
+            link(&file, &passage)?;
+            let mounted = fcvm_process::mount_for(process, &passage, Path::new(&name));
+            // The mount keeps it.
+            fs::remove_file(&passage)?;
+            mounted?;
+        }
+        Ok(())
     }
 
     /// Makes the pipe for its counters, and reads that.
@@ -123,7 +149,11 @@ impl Place {
     }
 
     /// Makes an empty file that it reads and writes, and the owner too.
-    pub(super) fn add_state(&self, command: &mut HelperCommand, name: &str) -> io::Result<File> {
+    pub(super) fn add_state(
+        &mut self,
+        command: &mut HelperCommand,
+        name: &str,
+    ) -> io::Result<File> {
         if let Some(jail) = &self.jail {
             let file = File::options()
                 .read(true)
@@ -253,9 +283,6 @@ fn link(file: &File, path: &Path) -> io::Result<()> {
     linked.map_err(|errno| match io::Error::from(errno) {
         error if error.kind() == io::ErrorKind::NotFound => io::Error::other(
             "its file system has no files without a name that can get one: --jail=false starts the VM without a jail",
-        ),
-        error if error.kind() == io::ErrorKind::CrossesDevices => io::Error::other(
-            "it is in another file system than the directory of jails: --jail=false starts the VM without a jail",
         ),
         error => error,
     })

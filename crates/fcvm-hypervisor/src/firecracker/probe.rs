@@ -110,7 +110,7 @@ impl Firecracker {
         Ok(self.directory.join(name).join(id))
     }
 
-    /// What a launch makes in a jail that outlives a crash of the owner: directories, and the VM's
+    /// What a launch makes in a jail that outlives a crash of the owner: files, directories, and the VM's
     /// control group, for [`remove_cgroup`](super::remove_cgroup). Empty without a jail.
     ///
     /// # Errors
@@ -119,7 +119,7 @@ impl Firecracker {
     pub fn leftovers(&self) -> io::Result<Vec<PathBuf>> {
         match &self.jail {
             None => Ok(Vec::new()),
-            Some(jail) => Ok(vec![jail.cgroup(), self.jail_directory()?]),
+            Some(jail) => Ok(vec![jail.cgroup(), self.jail_directory()?, jail.passage()]),
         }
     }
 

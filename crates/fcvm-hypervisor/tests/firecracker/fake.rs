@@ -27,7 +27,7 @@ pub(crate) const DIRTY_MEMORY: &[u8] = b"some";
 const JAILED_ARGUMENTS: &str =
     "--id 0123abcd --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-time-us 1 ";
 /// A stand-in for the jailer, as strict: it takes what the real one takes, lays the program in and runs
-/// it there. It stays who it is and sees all of the host, which the tests look into the jail by.
+/// it there, with mounts of its own. It stays who it is and sees all of the host, which the tests look into the jail by.
 pub(crate) const JAILER: &str = r#"#!/bin/sh
 fail() { echo "Error: $1" >&2; exit 1; }
 arguments="$*"
@@ -55,7 +55,7 @@ echo "$arguments" >jailer-arguments
 cp "$program" "$name" || fail "Copy"
 [ ! -e dev ] || fail "MknodDev(EEXIST)"
 mkdir dev run
-exec "./$name" --id "$id" --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-time-us 1 "$@"
+exec unshare --mount --propagation slave "./$name" --id "$id" --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-time-us 1 "$@"
 "#;
 /// Name of the ignored test that is the fake.
 const ENTRY: &str = "fake_firecracker";

@@ -3,12 +3,13 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use fcvm_hypervisor::firecracker::{Firecracker, Jail, SavedMemory};
 use fcvm_hypervisor::{
-    HypervisorError, Launch, MemoryBackend, NetworkBackend, NetworkSpec, Pause, RestoreState,
+    DiskSpec, HypervisorError, Launch, MemoryBackend, NetworkBackend, NetworkSpec, Pause,
+    RestoreState,
 };
 
 use crate::fake::{self, Behaviour};
@@ -29,6 +30,7 @@ fn jailed(place: &Place, jailer: &str) -> Option<Firecracker> {
         id: "0123abcd".to_owned(),
         user: USER,
         group: GROUP,
+        disks: place.path("disks"),
         // The jailer itself is the first process.
         init: (PathBuf::from("/usr/bin/env"), Vec::<OsString>::new()),
     };
@@ -49,6 +51,7 @@ async fn a_jailed_vm_has_its_files_its_user_and_its_processes() {
     let leftovers = firecracker.leftovers().unwrap();
     assert_eq!(leftovers[1], root(&place).parent().unwrap());
     assert_eq!(leftovers[0], Path::new("/sys/fs/cgroup/fcvm/0123abcd"));
+    assert_eq!(leftovers[2], place.path("disks/jail-0123abcd"));
     let secret = place.path("kernel");
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
     let (spec, mut console) = place.spec();
@@ -100,6 +103,72 @@ async fn a_jailed_vm_has_its_files_its_user_and_its_processes() {
     assert!(root(&place).join("memory").exists());
     drop(clone);
     assert!(!root(&place).parent().unwrap().exists());
+}
+
+/// A file without a name in a file system of its own, which ends with the last that uses it.
+fn other_file_system(place: &Place) -> File {
+    let directory = place.path("disks");
+    fs::create_dir(&directory).unwrap();
+    let mount = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "mode=700", "memory"])
+        .arg(&directory)
+        .status();
+    assert!(mount.unwrap().success());
+    tempfile::tempfile_in(directory).unwrap()
+}
+
+fn unmount(place: &Place) -> bool {
+    let mut command = std::process::Command::new("umount");
+    command.arg(place.path("disks"));
+    command.status().unwrap().success()
+}
+
+#[tokio::test]
+async fn a_disk_of_another_file_system_is_mounted_in_the_jail_alone() {
+    let place = Place::new(Behaviour::default());
+    let Some(firecracker) = jailed(&place, fake::JAILER) else {
+        return;
+    };
+    let disk = other_file_system(&place);
+    disk.write_all_at(b"the disk", 0).unwrap();
+    let (mut spec, _console) = place.spec();
+    spec.hardware.disks[1] = DiskSpec::raw(disk.try_clone().unwrap(), "fcvm-scratch", false);
+    let vm = firecracker.launch(spec).await.unwrap();
+    let pid = vm.identity().pid;
+    let seen = File::open(format!("/proc/{pid}/cwd/disk1")).unwrap();
+    let (seen, own) = (seen.metadata().unwrap(), disk.metadata().unwrap());
+    assert_eq!((seen.dev(), seen.ino()), (own.dev(), own.ino()));
+    assert_eq!((own.uid(), own.nlink()), (USER, 0));
+    // Nobody else sees it, and no name is left.
+    assert_eq!(fs::metadata(root(&place).join("disk1")).unwrap().len(), 0);
+    assert_eq!(fs::read_dir(place.path("disks")).unwrap().count(), 0);
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let target = root(&place).join("disk1");
+    assert!(!mounts.contains(target.to_str().unwrap()), "{mounts}");
+    // The owner's descriptor is what keeps it mounted; the VM's end leaves nothing.
+    assert!(!unmount(&place));
+    drop(vm);
+    assert!(!root(&place).exists());
+    drop(disk);
+    assert!(unmount(&place));
+}
+
+#[tokio::test]
+async fn a_disk_that_cannot_come_into_the_jail_is_told() {
+    let place = Place::new(Behaviour::default());
+    // One that has no mounts of its own: the disk would be everybody's.
+    let jailer = fake::JAILER.replace("unshare --mount --propagation slave", "");
+    let Some(firecracker) = jailed(&place, &jailer) else {
+        return;
+    };
+    let disk = other_file_system(&place);
+    let (mut spec, _console) = place.spec();
+    spec.hardware.disks[1] = DiskSpec::raw(disk, "fcvm-scratch", false);
+    let error = firecracker.launch(spec).await.unwrap_err().to_string();
+    assert!(error.contains("no mounts of its own"), "{error}");
+    assert!(!root(&place).exists());
+    assert_eq!(fs::read_dir(place.path("disks")).unwrap().count(), 0);
+    assert!(unmount(&place));
 }
 
 #[tokio::test]
