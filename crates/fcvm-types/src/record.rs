@@ -135,6 +135,16 @@ pub struct MemoryOrigin {
     pub reason: String,
 }
 
+/// How a VM's writable disk is kept and branched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStoreRecord {
+    /// `reflink`, `pool`, `overlay` or `copy`.
+    pub method: String,
+    /// Why it is this one, where the user left the choice.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
 /// The state record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
@@ -201,6 +211,9 @@ pub struct VmRecord {
     /// Where a clone's memory comes from; absent for a VM that was booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_origin: Option<MemoryOrigin>,
+    /// How the writable disk is kept; absent until there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_store: Option<DiskStoreRecord>,
     /// Microseconds each stage of the start took, in order.
     pub timings_us: Vec<(String, u64)>,
     /// What the owner holds.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use fcvm_snapshot::SnapshotStore;
 use fcvm_storage::{BranchMethod, CopyStore, DiskStore, OverlayStore, PoolStore, choose};
+use fcvm_types::record::DiskStoreRecord;
 
 use crate::args::DiskStoreChoice;
 use crate::commands::pool::{create, mount};
@@ -18,28 +19,90 @@ const POOL_BYTES: std::ops::RangeInclusive<u64> = 1 << 30..=(16 << 40) - (1 << 2
 pub(crate) struct Disks {
     pub(crate) directory: PathBuf,
     pub(crate) store: Box<dyn DiskStore>,
+    /// What was chosen, for the record.
+    pub(crate) choice: Option<DiskStoreRecord>,
 }
 
-/// Finds them; a pool is made and mounted if need be. `raw_only` is for hypervisors that know no other disks
-/// than files of raw bytes.
-pub(crate) fn find(context: &Context, raw_only: bool) -> anyhow::Result<Disks> {
+/// The disks that a VM needs.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// Its hypervisor knows no other disks than files of raw bytes.
+    pub(crate) raw_only: bool,
+    /// It has one.
+    pub(crate) is_used: bool,
+}
+
+/// Finds them; a pool is made and mounted if need be.
+pub(crate) fn find(context: &Context, wanted: &Wanted) -> anyhow::Result<Disks> {
     let directory = context.data_dir.join("disks");
-    let store: Box<dyn DiskStore> = match context.disk_store {
-        DiskStoreChoice::Auto => choose(&directory, raw_only)?,
+    let raw_only = wanted.raw_only;
+    if !wanted.is_used {
+        let store = Box::new(CopyStore::new(directory.clone()));
+        let choice = None;
+        return Ok(Disks {
+            directory,
+            store,
+            choice,
+        });
+    }
+    let mount = || mounted(context, "disks");
+    let (directory, store, reason): (_, Box<dyn DiskStore>, _) = match context.disk_store {
+        DiskStoreChoice::Auto => automatic(directory, raw_only, mount)?,
         DiskStoreChoice::Pool => {
-            let directory = mounted(context, "disks")?;
+            let directory = mount()?;
             let store = Box::new(PoolStore::new(directory.clone()));
-            return Ok(Disks { directory, store });
+            (directory, store, None)
         }
         DiskStoreChoice::Overlay if raw_only => {
             bail!("--disk-store overlay is QEMU's: choose auto, pool or copy, or --hypervisor qemu")
         }
-        DiskStoreChoice::Overlay => Box::new(OverlayStore::new(directory.clone())),
-        DiskStoreChoice::Copy => Box::new(CopyStore::new(directory.clone())),
+        DiskStoreChoice::Overlay => {
+            let store = Box::new(OverlayStore::new(directory.clone()));
+            (directory, store, None)
+        }
+        DiskStoreChoice::Copy => {
+            let store = Box::new(CopyStore::new(directory.clone()));
+            (directory, store, None)
+        }
     };
     std::fs::create_dir_all(&directory)
         .with_context(|| format!("cannot make {}", directory.display()))?;
-    Ok(Disks { directory, store })
+    let method = store.method().name().to_owned();
+    Ok(Disks {
+        directory,
+        store,
+        choice: Some(DiskStoreRecord { method, reason }),
+    })
+}
+
+/// The best way where nobody said which, and why it is. Where blocks cannot be shared and overlays not be read there is
+/// the pool, and copies where that cannot be had.
+fn automatic(
+    directory: PathBuf,
+    raw_only: bool,
+    mount: impl FnOnce() -> anyhow::Result<PathBuf>,
+) -> anyhow::Result<(PathBuf, Box<dyn DiskStore>, Option<String>)> {
+    let store = choose(&directory, raw_only)?;
+    let reason = match store.method() {
+        BranchMethod::Reflink => "the data directory's file system shares blocks".to_owned(),
+        BranchMethod::Pool | BranchMethod::Overlay => {
+            "the data directory's file system cannot share blocks".to_owned()
+        }
+        BranchMethod::Copy => match mount() {
+            Ok(pool) => {
+                let reason = "the data directory's file system cannot share blocks, and Firecracker reads no overlays";
+                let store = Box::new(PoolStore::new(pool.clone()));
+                return Ok((pool, store, Some(reason.to_owned())));
+            }
+            Err(error) => {
+                tracing::debug!(target: "vm", "disks are copied: {error:#}");
+                format!(
+                    "the data directory's file system cannot share blocks, and there is no pool: {error:#}"
+                )
+            }
+        },
+    };
+    Ok((directory, store, Some(reason)))
 }
 
 /// A store of the same kind in the same place.
@@ -114,4 +177,37 @@ fn make(path: &Path) -> anyhow::Result<()> {
     let host_bytes = space.f_blocks.saturating_mul(space.f_frsize);
     let size_bytes = host_bytes.clamp(*POOL_BYTES.start(), *POOL_BYTES.end());
     create::create(path, size_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pool_is_for_raw_disks_that_the_file_system_cannot_share() {
+        let directory = tempfile::tempdir().unwrap();
+        let disks = directory.path().join("disks");
+        let is_shared = fcvm_storage::reflink_support(directory.path()).unwrap();
+        let pool = || Ok(PathBuf::from("/pool/disks"));
+        let none = || anyhow::bail!("fusermount3 is missing");
+        let chosen = |raw_only, mount: &dyn Fn() -> anyhow::Result<PathBuf>| {
+            let (found, store, reason) = automatic(disks.clone(), raw_only, mount).unwrap();
+            assert_eq!(found != disks, store.method() == BranchMethod::Pool);
+            (store.method().name(), reason.unwrap())
+        };
+        if is_shared {
+            assert_eq!(chosen(true, &none).0, "reflink");
+            return;
+        }
+        assert_eq!(chosen(false, &pool).0, "overlay");
+        let (method, reason) = chosen(true, &pool);
+        assert_eq!(method, "pool");
+        assert!(reason.contains("Firecracker reads no overlays"), "{reason}");
+        let (method, reason) = chosen(true, &none);
+        assert_eq!(method, "copy");
+        assert!(
+            reason.ends_with("there is no pool: fusermount3 is missing"),
+            "{reason}"
+        );
+    }
 }

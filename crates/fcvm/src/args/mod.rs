@@ -86,7 +86,7 @@ pub(crate) struct GlobalOptions {
 /// `--disk-store`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DiskStoreChoice {
-    /// Blocks shared by the file system where it can (btrfs, XFS), else overlays
+    /// Blocks shared by the file system where it can (btrfs, XFS), else overlays, and with Firecracker the pool
     Auto,
     /// Files over files, qcow2
     Overlay,

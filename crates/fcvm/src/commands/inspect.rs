@@ -38,6 +38,7 @@ fn vm(store: &StateStore, record: &VmRecord) -> Value {
         "stop_signal": record.stop_signal,
         "start_cache": record.start_cache,
         "memory_origin": record.memory_origin,
+        "disk_store": record.disk_store,
         "start_timings": timings,
         "resources": record.resources,
         "log_path": paths.container_log(),

@@ -28,7 +28,7 @@ use super::spec::VmSpec;
 use super::{Entry, Stopwatch};
 use crate::args::run::{AcceleratorChoice, NetworkMode};
 use crate::context::Context;
-use crate::disks::Disks;
+use crate::disks::{Disks, Wanted};
 use crate::template::{Template, TemplateMemory};
 
 /// The group of jails. The users of jails are the 2^24 numbers after it: far above what hosts give to
@@ -152,7 +152,9 @@ pub(super) async fn assemble(
     let Disks {
         directory: disks,
         store,
-    } = crate::disks::find(context, is_raw_only(spec))?;
+        choice,
+    } = crate::disks::find(context, &wanted_disks(spec))?;
+    entry.record.disk_store = choice;
     let scratch = match spec.read_only {
         true => None,
         false => Some(scratch(
@@ -168,7 +170,7 @@ pub(super) async fn assemble(
     let memory = GuestMemory::new(ByteSize::from_bytes(spec.memory_bytes))
         .context("cannot make the guest's memory")?;
     let foundation = Foundation {
-        hypervisor: hypervisor(context, spec, entry)?,
+        hypervisor: hypervisor(context, spec, entry, &disks)?,
         cpu_count: spec.cpu_count,
         accelerator,
         memory: memory
@@ -225,7 +227,9 @@ pub(super) async fn prepare_clone(
     let Disks {
         directory: disks,
         store,
-    } = crate::disks::find(context, is_raw_only(spec))?;
+        choice,
+    } = crate::disks::find(context, &wanted_disks(spec))?;
+    entry.record.disk_store = choice;
     let scratch = match &template.disk {
         Some(expected) => Some(store.branch_ahead(expected)?),
         None => None,
@@ -236,7 +240,7 @@ pub(super) async fn prepare_clone(
     let (console, console_write) = console(entry)?;
     let (memory, baseline) = clone_memory(template.memory, spec.memory_bytes)?;
     let foundation = Foundation {
-        hypervisor: hypervisor(context, spec, entry)?,
+        hypervisor: hypervisor(context, spec, entry, &disks)?,
         cpu_count: spec.cpu_count,
         accelerator,
         memory: memory
@@ -284,17 +288,25 @@ fn clone_memory(
     Ok((memory, baseline))
 }
 
-fn hypervisor(context: &Context, spec: &VmSpec, entry: &mut Entry) -> anyhow::Result<Hypervisor> {
+fn hypervisor(
+    context: &Context,
+    spec: &VmSpec,
+    entry: &mut Entry,
+    disks: &Path,
+) -> anyhow::Result<Hypervisor> {
     Ok(match spec.hypervisor {
         HypervisorKind::Qemu => Hypervisor::Qemu(qemu(context)?),
         HypervisorKind::Firecracker => {
-            Hypervisor::Firecracker(firecracker_of(context, spec, entry)?)
+            Hypervisor::Firecracker(firecracker_of(context, spec, entry, disks)?)
         }
     })
 }
 
-fn is_raw_only(spec: &VmSpec) -> bool {
-    spec.hypervisor == HypervisorKind::Firecracker
+fn wanted_disks(spec: &VmSpec) -> Wanted {
+    Wanted {
+        raw_only: spec.hypervisor == HypervisorKind::Firecracker,
+        is_used: !spec.read_only,
+    }
 }
 
 fn enter_process(entry: &mut Entry, identity: ProcessIdentity, role: &str) -> anyhow::Result<()> {
@@ -432,6 +444,7 @@ fn firecracker_of(
     context: &Context,
     spec: &VmSpec,
     entry: &mut Entry,
+    disks: &Path,
 ) -> anyhow::Result<Firecracker> {
     let firecracker = firecracker(context, &entry.paths.runtime)?;
     if !spec.jail {
@@ -442,6 +455,7 @@ fn firecracker_of(
         id: spec.id.short().to_owned(),
         user: jail_user(&spec.id),
         group: JAIL_GROUP,
+        disks: disks.to_owned(),
         init: (
             PathBuf::from("/proc/self/exe"),
             ["--data-dir", "/", "jail-init"].map(Into::into).to_vec(),

@@ -556,6 +556,7 @@ fn first_record(spec: &VmSpec, owner: ProcessIdentity) -> VmRecord {
         lineage: None,
         start_cache: None,
         memory_origin: None,
+        disk_store: None,
         timings_us: Vec::new(),
         resources: Vec::new(),
     }

@@ -380,6 +380,7 @@ pub(crate) mod tests {
             lineage: None,
             start_cache: None,
             memory_origin: None,
+            disk_store: None,
             timings_us: Vec::new(),
             resources: Vec::new(),
         };
