@@ -344,6 +344,64 @@ fn a_compressed_dataset_takes_less_and_tells_how_much() {
     );
 }
 
+/// A block device over a file, where this user can have one.
+struct Device(String);
+
+impl Device {
+    fn new(file: &str) -> Option<Self> {
+        let made = Command::new("losetup")
+            .args(["--find", "--show", file])
+            .output();
+        match made {
+            Ok(output) if output.status.success() => {
+                let path = String::from_utf8_lossy(&output.stdout);
+                Some(Self(path.trim().to_owned()))
+            }
+            _ => {
+                println!("skipped: no loop device can be had");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_pool_if_it_is_empty() {
+    let lab = Lab::new();
+    let file = fs::File::create(lab.path("device")).unwrap();
+    file.set_len(32 << 20).unwrap();
+    let Some(device) = Device::new(&lab.text("device")) else {
+        return;
+    };
+    let on = |arguments: &[&'static str]| [&["--pool", device.0.as_str()], arguments].concat();
+    // Not more than it has.
+    lab.fails(&on(&["create", "--size", "64m"]));
+    lab.must(&on(&["create", "--size", "32m"]));
+    fs::write(lab.path("disk"), disk(1)).unwrap();
+    let source = lab.text("disk");
+    lab.must(&["--pool", &device.0, "import", &source, "vms/base"]);
+    lab.must(&on(&["clone", "vms/base", "vms/web"]));
+    lab.must(&on(&["destroy", "vms/base"]));
+    lab.must(&on(&["check"]));
+    lab.must(&on(&["scrub"]));
+    lab.must(&["--pool", &device.0, "export", "vms/web", &lab.text("out")]);
+    assert_eq!(fs::read(lab.path("out")).unwrap(), disk(1));
+    let again = lab.fails(&on(&["create", "--size", "32m"]));
+    assert!(again.contains("is not empty"), "{again}");
+    let lock = fs::File::open(&device.0).unwrap();
+    lock.lock().unwrap();
+    assert!(
+        lab.fails(&on(&["ls"]))
+            .contains("in use by another process")
+    );
+}
+
 #[test]
 fn what_cannot_be_is_refused_in_one_line() {
     let lab = Lab::new();
