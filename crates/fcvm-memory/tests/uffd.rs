@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -18,7 +18,8 @@ use std::time::Duration;
 use fcvm_memory::page_file::{anonymous_file, seal};
 use fcvm_memory::uffd::{
     Faults, GuestMemory, HUGE_PAGE_BYTES, MemorySource, Notice, Region, Server, ServerError,
-    ServerEvent, ServerOptions, ServerWatch, Stopper, Summary, Userfault, WorkingSet, handshake,
+    ServerEvent, ServerOptions, ServerWatch, Stopper, Summary, Userfault, WorkingSet, hand_over,
+    handshake,
 };
 use fcvm_memory::{PAGE_BYTES, PageRun};
 
@@ -409,6 +410,36 @@ fn server_process() {
 /// Sum of a touched range, as a client tells it.
 fn sum(pages: std::ops::Range<u64>) -> String {
     pages.map(|page| expected(page, 1)).sum::<u64>().to_string()
+}
+
+#[test]
+fn a_connection_that_is_handed_over_is_the_processes_own() {
+    if !is_possible() {
+        return;
+    }
+    let server = Running::start(ServerOptions::default());
+    let elsewhere = tempfile::tempdir().unwrap();
+    let path = elsewhere.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut client = Process::client(&path);
+    let (connection, _) = listener.accept().unwrap();
+    hand_over(&server.socket(), connection.as_fd()).unwrap();
+    drop(connection);
+    assert_eq!(client.ask("touch 0 100"), sum(0..100));
+    let summary = Summary::ask(&server.socket()).unwrap();
+    assert_eq!(summary.served.len(), 1);
+    assert_eq!(summary.served[0].0, client.pid());
+    client.end();
+    // What is no connection, and what is none that it may be asked about.
+    let file = tempfile::tempfile().unwrap();
+    hand_over(&server.socket(), file.as_fd()).unwrap();
+    let socket = UnixStream::connect(server.socket()).unwrap();
+    handshake::send_message(&socket, b"{\"question\":\"watch\"}\n", &[file.as_fd()]).unwrap();
+    let mut refused = 0;
+    while refused < 2 {
+        refused += usize::from(matches!(server.next(), Happened::Refused(_)));
+    }
+    assert_eq!(server.stop().ended_count, 1);
 }
 
 #[test]

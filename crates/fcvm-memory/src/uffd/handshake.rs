@@ -192,6 +192,8 @@ pub(super) enum Received {
     Hypervisor(Vec<u8>, OwnedFd),
     /// A message without descriptors, of somebody who asks.
     Question(Vec<u8>),
+    /// A question with a descriptor.
+    Handed(Vec<u8>, OwnedFd),
 }
 
 /// Receives one message.
@@ -221,9 +223,11 @@ pub(super) fn receive(socket: &UnixStream) -> Result<Received, HandshakeError> {
         return Err(HandshakeError::Descriptors(found));
     }
     bytes.truncate(received.bytes);
+    let is_question = bytes.first() == Some(&b'{');
     match (descriptors.pop(), descriptors.len()) {
+        (Some(descriptor), 0) if is_question => Ok(Received::Handed(bytes, descriptor)),
         (Some(descriptor), 0) => Ok(Received::Hypervisor(bytes, descriptor)),
-        (None, _) if bytes.first() == Some(&b'{') => Ok(Received::Question(bytes)),
+        (None, _) if is_question => Ok(Received::Question(bytes)),
         (last, others) => {
             let found = others + usize::from(last.is_some());
             Err(HandshakeError::Descriptors(found.to_string()))

@@ -26,5 +26,5 @@ pub use mapping::GuestMemory;
 pub use raw::{Faults, Userfault};
 pub use server::{Server, ServerError, ServerEvent, ServerOptions, Stopper};
 pub use source::MemorySource;
-pub use watch::{Notice, ServerWatch, Summary, WatchError};
+pub use watch::{Notice, ServerWatch, Summary, WatchError, hand_over};
 pub use working_set::{WORKING_SET_BYTES_MAX, WorkingSet};

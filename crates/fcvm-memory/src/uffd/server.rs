@@ -98,6 +98,7 @@ enum Message {
     Refused(i32, String),
     Recorded(WorkingSet),
     Asked(UnixStream, Vec<u8>),
+    Handed(UnixStream),
 }
 
 /// What all threads have.
@@ -266,21 +267,30 @@ impl Server {
         }
     }
 
-    /// Hears a connection in a thread of its own: its message may be long in coming.
+    /// Hears a connection of a user who may connect.
     fn start(&mut self, socket: UnixStream) -> Result<(), ServerError> {
         let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
             return Ok(());
         };
-        let pid = peer.pid.as_raw_nonzero().get();
         let user = peer.uid.as_raw();
         let own = rustix::process::geteuid().as_raw();
         if user != own && !self.shared.options.users.contains(&user) {
             self.tell_self(Message::Refused(
-                pid,
+                peer.pid.as_raw_nonzero().get(),
                 format!("user {user} may not connect"),
             ));
             return Ok(());
         }
+        self.listen_to(socket, peer.pid.as_raw_nonzero().get(), user == own)
+    }
+
+    /// Hears a connection in a thread of its own: its message may be long in coming.
+    fn listen_to(
+        &mut self,
+        socket: UnixStream,
+        pid: i32,
+        may_ask: bool,
+    ) -> Result<(), ServerError> {
         if self.sessions.len() >= CONNECTIONS_MAX {
             self.tell_self(Message::Refused(pid, "too many are connected".to_owned()));
             return Ok(());
@@ -291,7 +301,7 @@ impl Server {
         let client = Client {
             id,
             pid,
-            may_ask: user == own,
+            may_ask,
             shared: Arc::clone(&self.shared),
             sender: self.sender.clone(),
             statistics: Arc::clone(&statistics),
@@ -345,6 +355,22 @@ impl Server {
                 self.sessions.retain(|(other, _)| *other != id);
                 self.answer(socket, &question);
             }
+            Message::Handed(socket) => {
+                self.sessions.retain(|(other, _)| *other != id);
+                self.take_over(socket);
+            }
+        }
+    }
+
+    /// Hears a connection that its own user has handed over, whoever has made it.
+    fn take_over(&mut self, socket: UnixStream) {
+        let heard = match rustix::net::sockopt::socket_peercred(&socket) {
+            Ok(peer) => self.listen_to(socket, peer.pid.as_raw_nonzero().get(), false),
+            Err(errno) => Err(io::Error::from(errno).into()),
+        };
+        if let Err(error) = heard {
+            let told = format!("what was handed over cannot be heard: {error}");
+            self.tell_self(Message::Refused(0, told));
         }
     }
 
@@ -373,7 +399,7 @@ impl Server {
                 return;
             }
             // It is told by the end of the connection.
-            Err(_) => return,
+            Ok(Question::Serve) | Err(_) => return,
         };
         if answered.is_ok() && socket.set_nonblocking(true).is_ok() {
             self.watchers.retain(|watcher| !has_ended(watcher));
@@ -434,7 +460,15 @@ impl Client {
             Received::Question(question) if self.may_ask => {
                 return self.tell(Message::Asked(socket, question));
             }
-            Received::Question(_) => return refused("this user may not ask".to_owned()),
+            Received::Handed(question, descriptor) if self.may_ask => {
+                return match serde_json::from_slice(&question) {
+                    Ok(Question::Serve) => self.tell(Message::Handed(descriptor.into())),
+                    _ => refused("what it hands over is not what is asked for".to_owned()),
+                };
+            }
+            Received::Question(_) | Received::Handed(..) => {
+                return refused("this user may not ask".to_owned());
+            }
             Received::Hypervisor(message, descriptor) => (message, descriptor),
         };
         drop(socket);

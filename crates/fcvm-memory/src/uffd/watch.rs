@@ -9,6 +9,8 @@ use std::time::Duration;
 use fcvm_types::memory::PageServiceStatistics;
 use serde::{Deserialize, Serialize};
 
+use super::handshake::send_message;
+
 /// How long the server may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Longest line: statistics of as many VMs as are served at once.
@@ -22,6 +24,8 @@ pub(super) enum Question {
     Watch,
     /// Tell what has been done.
     Statistics,
+    /// Serve the hypervisor whose connection comes with this.
+    Serve,
 }
 
 /// Something that happened to a VM; processes are named by their numbers as the server sees them.
@@ -150,6 +154,17 @@ impl Summary {
         let line = line(&mut ask(socket, Question::Statistics)?).map_err(WatchError::Gone)?;
         serde_json::from_str(&line).map_err(WatchError::Answer)
     }
+}
+
+/// Hands the server of a socket a connection that a hypervisor has made elsewhere: where it could not reach the
+/// server's, or would not be heard. It is served as if it had connected to the server.
+///
+/// # Errors
+///
+/// The server has gone.
+pub fn hand_over(socket: &Path, connection: BorrowedFd<'_>) -> io::Result<()> {
+    let server = UnixStream::connect(socket)?;
+    send_message(&server, &encoded(&Question::Serve), &[connection])
 }
 
 fn ask(socket: &Path, question: Question) -> Result<BufReader<UnixStream>, WatchError> {
