@@ -28,6 +28,11 @@ const KEPT_COUNT: usize = 4;
 const AGENT_MAX_BYTES: usize = 32 << 20;
 /// Largest module, as in the modules' own limit.
 const MODULE_MAX_BYTES: usize = 64 << 20;
+/// Drivers of the two buses that devices may be on.
+const MMIO_MODULE: &str = "virtio_mmio";
+const PCI_MODULE: &str = "virtio_pci";
+/// What the second of them depends on, and nothing else does.
+const PCI_DEPENDENCIES: [&str; 2] = ["virtio_pci_legacy_dev", "virtio_pci_modern_dev"];
 /// Driver of the agent's channel under QEMU.
 const SERIAL_MODULE: &str = "virtio_console";
 /// Driver of the agent's channel under Firecracker.
@@ -40,35 +45,51 @@ pub enum Devices {
     Qemu,
     /// Firecracker: the agent's channel is a vsock connection, and there is a source of random numbers.
     Firecracker,
+    /// The same, on a PCI bus.
+    FirecrackerPci,
 }
 
 impl Devices {
-    /// Modules that have no device.
-    fn unneeded(self) -> &'static [&'static str] {
+    /// Whether a module has a device.
+    fn needs(self, module: &str) -> bool {
+        const ONLY_FIRECRACKERS: [&str; 4] = [
+            "vsock",
+            "vmw_vsock_virtio_transport_common",
+            VSOCK_MODULE,
+            "virtio_rng",
+        ];
+        let is_pcis = module == PCI_MODULE || PCI_DEPENDENCIES.contains(&module);
         match self {
-            Self::Qemu => &[
-                "vsock",
-                "vmw_vsock_virtio_transport_common",
-                VSOCK_MODULE,
-                "virtio_rng",
-            ],
-            Self::Firecracker => &[SERIAL_MODULE],
+            Self::Qemu => !is_pcis && !ONLY_FIRECRACKERS.contains(&module),
+            Self::Firecracker => !is_pcis && module != SERIAL_MODULE,
+            Self::FirecrackerPci => module != MMIO_MODULE && module != SERIAL_MODULE,
+        }
+    }
+
+    /// What a kernel made ready by an earlier version may not have, and what it has in the same place: where
+    /// neither is a module both are built in.
+    fn additions(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Qemu => &[],
+            Self::Firecracker => &[(VSOCK_MODULE, SERIAL_MODULE)],
+            Self::FirecrackerPci => &[(VSOCK_MODULE, SERIAL_MODULE), (PCI_MODULE, MMIO_MODULE)],
         }
     }
 
     /// The modules to load.
     fn modules(self, kernel: &GuestKernel) -> Result<Vec<&GuestModule>> {
         let has = |name: &str| kernel.modules.iter().any(|module| module.name == name);
-        // Where neither is a module both are built in.
-        if self == Self::Firecracker && has(SERIAL_MODULE) && !has(VSOCK_MODULE) {
-            return Err(KernelError::ModuleMissing {
-                module: VSOCK_MODULE.to_owned(),
-                needed_by:
-                    "a guest of Firecracker ('fcvm setup kernel' adds it to the packaged kernel)"
-                        .to_owned(),
-            });
+        for (needed, instead) in self.additions() {
+            if has(instead) && !has(needed) {
+                return Err(KernelError::ModuleMissing {
+                    module: (*needed).to_owned(),
+                    needed_by:
+                        "a guest of Firecracker ('fcvm setup kernel' adds it to the packaged kernel)"
+                            .to_owned(),
+                });
+            }
         }
-        let needed = |module: &&GuestModule| !self.unneeded().contains(&module.name.as_str());
+        let needed = |module: &&GuestModule| self.needs(&module.name);
         Ok(kernel.modules.iter().filter(needed).collect())
     }
 }

@@ -210,8 +210,17 @@ fn each_hypervisor_gets_the_modules_of_its_devices() {
         let modules = devices.modules(kernel).unwrap();
         modules.iter().map(|module| module.name.clone()).collect()
     };
+    let pci = [
+        "virtio_pci_legacy_dev",
+        "virtio_pci_modern_dev",
+        "virtio_pci",
+    ];
     let all = [
         "virtio",
+        "virtio_mmio",
+        pci[0],
+        pci[1],
+        pci[2],
         "virtio_console",
         "vsock",
         "vmw_vsock_virtio_transport_common",
@@ -222,17 +231,35 @@ fn each_hypervisor_gets_the_modules_of_its_devices() {
     kernel.modules = named(&all);
     assert_eq!(
         names(Devices::Qemu, &kernel),
-        ["virtio", "virtio_console", "erofs"]
+        ["virtio", "virtio_mmio", "virtio_console", "erofs"]
     );
-    let mut without = all.to_vec();
-    without.remove(1);
-    assert_eq!(names(Devices::Firecracker, &kernel), without);
+    let without = |others: &[&str]| -> Vec<&str> {
+        let is_left = |name: &&str| *name != "virtio_console" && !others.contains(name);
+        all.into_iter().filter(is_left).collect()
+    };
+    assert_eq!(names(Devices::Firecracker, &kernel), without(&pci));
+    let on_pci = without(&["virtio_mmio"]);
+    assert_eq!(names(Devices::FirecrackerPci, &kernel), on_pci);
 
-    // One that was made ready before there was a second hypervisor.
-    kernel.modules = named(&all[..2]);
-    let error = Devices::Firecracker.modules(&kernel).unwrap_err();
-    assert!(error.to_string().contains("fcvm setup kernel"), "{error}");
+    // Those that were made ready before there was a second hypervisor, and before it had a second bus.
+    let before = |names: &[&str]| {
+        all.into_iter()
+            .filter(|name| !names.contains(name))
+            .collect()
+    };
+    let old: [(Devices, Vec<&str>); 2] = [
+        (
+            Devices::Firecracker,
+            before(&["vmw_vsock_virtio_transport"]),
+        ),
+        (Devices::FirecrackerPci, before(&pci)),
+    ];
+    for (devices, modules) in old {
+        kernel.modules = named(&modules);
+        let error = devices.modules(&kernel).unwrap_err();
+        assert!(error.to_string().contains("fcvm setup kernel"), "{error}");
+    }
     // One with everything built in.
     kernel.modules = Vec::new();
-    assert!(names(Devices::Firecracker, &kernel).is_empty());
+    assert!(names(Devices::FirecrackerPci, &kernel).is_empty());
 }

@@ -13,11 +13,12 @@ use crate::progress::{Progress, SetupEvent, SetupStage};
 use crate::vmlinux::{self, Architecture};
 use crate::{KernelError, Result, debian, files, package};
 
-/// What a guest needs of its kernel: the microVM's bus, agent channel (one of two), disks, network,
+/// What a guest needs of its kernel: the microVM's bus (one of two), agent channel (one of two), disks, network,
 /// random numbers, and the file systems of the root image, of the overlay on it and of the writable disk, in the order of
 /// docs/format/guest.md.
-pub const DEFAULT_MODULES: [&str; 9] = [
+pub const DEFAULT_MODULES: [&str; 10] = [
     "virtio_mmio",
+    "virtio_pci",
     "virtio_console",
     "vmw_vsock_virtio_transport",
     "virtio_blk",

@@ -52,6 +52,7 @@ fn fetches_once_and_repairs_what_is_damaged() {
         .collect();
     for driver in [
         "virtio_mmio",
+        "virtio_pci",
         "virtio_blk",
         "virtio_net",
         "erofs",
@@ -67,6 +68,11 @@ fn fetches_once_and_repairs_what_is_damaged() {
     assert_eq!(listed, names);
     let place = |name: &str| names.iter().position(|found| *found == name);
     assert!(place("virtio_ring") < place("virtio") && place("virtio") < place("virtio_mmio"));
+    let bus = place("virtio_pci");
+    for part in ["virtio_pci_legacy_dev", "virtio_pci_modern_dev"] {
+        assert!(place(part).is_some() && place(part) < bus, "{names:?}");
+    }
+    assert!(bus < place("virtio_blk"), "{names:?}");
     assert!(
         !directory.join("apt").exists(),
         "the lists of a finished setup are removed"
