@@ -122,6 +122,19 @@ impl Standby {
         }
     }
 
+    /// Where it connects to for its memory, if it cannot reach the socket of a memory server
+    /// ([`FirecrackerStandby::memory_listener`]).
+    ///
+    /// # Errors
+    ///
+    /// There is no place for a socket.
+    pub fn memory_listener(&self) -> Result<Option<UnixListener>, HypervisorError> {
+        match self {
+            Self::Qemu(_) => Ok(None),
+            Self::Firecracker(standby) => standby.memory_listener(),
+        }
+    }
+
     /// Waits until the process has ended.
     pub async fn wait_exit(&self) -> VmExit {
         match self {

@@ -33,6 +33,8 @@ use crate::error::HypervisorError;
 
 /// Name of the file that memory is saved to in a jail.
 const MEMORY_OUT: &str = "memory.out";
+/// Name of the socket in a jail to which Firecracker connects for its memory.
+const MEMORY_SOCKET: &str = "memory.sock";
 /// Bytes copied at a time.
 const COPY_BYTES: usize = 128 << 10;
 
@@ -93,6 +95,25 @@ impl Place {
             chown(&path, Some(jail.user), Some(jail.group))?;
         }
         Ok(listener)
+    }
+
+    /// Where a jailed Firecracker connects for its memory: it reaches no other socket.
+    pub(super) fn bind_memory(&self) -> io::Result<Option<UnixListener>> {
+        let Some(jail) = &self.jail else {
+            return Ok(None);
+        };
+        let path = self.path.join(MEMORY_SOCKET);
+        let listener = UnixListener::bind(&path)?;
+        chown(&path, Some(jail.user), Some(jail.group))?;
+        Ok(Some(listener))
+    }
+
+    /// The name of the socket that the memory is had from.
+    pub(super) fn memory_socket(&self, server: &Path) -> Result<String, HypervisorError> {
+        match self.jail {
+            None => text_path(server, "the memory server's socket"),
+            Some(_) => Ok(MEMORY_SOCKET.to_owned()),
+        }
     }
 
     /// Makes a file reachable by a name: one that it only reads, or one that is its own, if need be once it has
@@ -179,15 +200,7 @@ impl Place {
         let Some(jail) = &self.jail else {
             return text_path(path, what);
         };
-        let laid_in = || {
-            let target = self.path.join(name);
-            let is_file = fs::metadata(path)?.is_file();
-            match is_file {
-                true => share(&File::open(path)?, &target, jail.group),
-                // A socket, whose owner has let the VM's user use it.
-                false => fs::hard_link(path, &target),
-            }
-        };
+        let laid_in = || share(&File::open(path)?, &self.path.join(name), jail.group);
         laid_in().map_err(|error| refused(what, path, &error))?;
         Ok(name.to_owned())
     }

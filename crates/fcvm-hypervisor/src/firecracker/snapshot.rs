@@ -12,6 +12,7 @@ use std::path::Path;
 
 use fcvm_process::{HelperCommand, HelperProcess};
 use serde::Serialize;
+use tokio::net::UnixListener;
 
 use super::configuration::NetworkInterface;
 use super::launch::{COMMAND_TIMEOUT, FirecrackerVm, MEMORY_NAME, STATE_NAME, check};
@@ -172,6 +173,17 @@ impl FirecrackerStandby {
         self.vm.take_agent()
     }
 
+    /// A jailed process reaches no memory server: it connects here, and whoever loads the state hands the connection
+    /// to the server. Nothing without a jail.
+    ///
+    /// # Errors
+    ///
+    /// There is no place for a socket.
+    pub fn memory_listener(&self) -> Result<Option<UnixListener>, HypervisorError> {
+        let bound = self.vm.place.bind_memory();
+        bound.map_err(setup_failed("a socket for the memory"))
+    }
+
     /// Loads a snapshot. The VM is paused then: [`resume`](crate::Pause::resume) lets it go on.
     ///
     /// # Errors
@@ -185,14 +197,7 @@ impl FirecrackerStandby {
     ) -> Result<FirecrackerVm, HypervisorError> {
         let (backend_type, backend_path) = match memory {
             MemoryBackend::File => ("File", MEMORY_NAME.to_owned()),
-            MemoryBackend::Uffd(socket) => {
-                let name = "memory.sock";
-                let socket = self
-                    .vm
-                    .place
-                    .shown(socket, name, "the memory server's socket")?;
-                ("Uffd", socket)
-            }
+            MemoryBackend::Uffd(socket) => ("Uffd", self.vm.place.memory_socket(socket)?),
         };
         let file = &self.vm.state;
         let write = || {

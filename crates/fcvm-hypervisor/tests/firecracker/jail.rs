@@ -103,6 +103,16 @@ async fn a_jailed_vm_has_its_files_its_user_and_its_processes() {
     assert!(root(&place).join("memory").exists());
     drop(clone);
     assert!(!root(&place).parent().unwrap().exists());
+
+    // A memory server is out of its reach: it connects to whoever loads the state.
+    let (hardware, _console) = clone_hardware(&place, &memory);
+    let standby = firecracker.prepare(hardware).await.unwrap();
+    let listener = standby.memory_listener().unwrap().unwrap();
+    assert_eq!(data("memory.sock").uid(), USER);
+    let server = MemoryBackend::Uffd("/nowhere".into());
+    let (clone, connected) = tokio::join!(standby.load(&state, &server), listener.accept());
+    let connected = connected.unwrap().0.peer_cred().unwrap();
+    assert_eq!(connected.pid(), Some(clone.unwrap().identity().pid));
 }
 
 /// A file without a name in a file system of its own, which ends with the last that uses it.

@@ -4,6 +4,7 @@
 //! [`prepare`], [`Waiting::load`] and [`Loaded::awake`] follow each other. A clone that is made ready
 //! ahead (`standby.rs`) stops between two of them until somebody wants it.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -256,18 +257,35 @@ async fn load_state(
         return Ok((machine, None));
     };
     let mut pages = PageService::connect(&socket, standby.identity().pid)?;
+    let handing = hand_over(standby.memory_listener()?, socket.clone());
     let memory = MemoryBackend::Uffd(socket);
     let loading = standby.load(state, &memory);
     let machine = tokio::select! {
         machine = loading => machine?,
         // The hypervisor would wait for ever.
         reason = pages.ended() => bail!("the clone cannot have its memory: {reason}"),
+        error = handing => bail!("the clone cannot have its memory: {error}"),
     };
     pages
         .brought()
         .await
         .context("the clone cannot have its memory")?;
     Ok((machine, Some(pages)))
+}
+
+/// Hands the server the connection of a process that cannot reach it; does not return unless that fails.
+async fn hand_over(listener: Option<UnixListener>, server: PathBuf) -> std::io::Error {
+    let Some(listener) = listener else {
+        return std::future::pending().await;
+    };
+    let handed = async {
+        let (connection, _) = listener.accept().await?;
+        fcvm_memory::uffd::hand_over(&server, connection.as_fd())
+    };
+    match handed.await {
+        Ok(()) => std::future::pending().await,
+        Err(error) => error,
+    }
 }
 
 async fn in_time(
