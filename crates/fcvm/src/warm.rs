@@ -20,7 +20,7 @@ use crate::owner::spec::{HealthProbe, VmSpec};
 use crate::owner::{accelerator, firecracker, qemu};
 
 /// Version of what is in a key.
-const KEY_VERSION: u32 = 2;
+const KEY_VERSION: u32 = 3;
 /// Beginning of the tags.
 const TAG_PREFIX: &str = "warm-";
 /// Hexadecimal characters of the key in a tag.
@@ -44,6 +44,7 @@ struct Key<'a> {
     /// Its name has the digest of the agent and the modules in it.
     initramfs: &'a Path,
     hypervisor: &'static str,
+    pci: bool,
     program: FileKey,
     accelerator: &'static str,
     host_cpu: String,
@@ -97,6 +98,7 @@ pub(crate) fn key(context: &Context, spec: &VmSpec) -> anyhow::Result<String> {
         kernel: FileKey::of(&spec.kernel)?,
         initramfs: &spec.initramfs,
         hypervisor: spec.hypervisor.name(),
+        pci: spec.pci,
         program: FileKey::of(&program)?,
         accelerator: accelerator.name(),
         host_cpu: host_cpu(accelerator),

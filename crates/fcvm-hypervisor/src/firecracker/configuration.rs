@@ -97,7 +97,7 @@ pub(super) struct BootSource {
 }
 
 /// The kernel's command line.
-pub(super) fn kernel_arguments(disks: &[DiskSpec], extra: &[String]) -> String {
+pub(super) fn kernel_arguments(disks: &[DiskSpec], pci: bool, extra: &[String]) -> String {
     let serials: Vec<&str> = disks.iter().map(|disk| disk.serial.as_str()).collect();
     let mut arguments = vec![
         // `quiet` keeps warnings, errors and panics, which is what the console log is for.
@@ -107,13 +107,15 @@ pub(super) fn kernel_arguments(disks: &[DiskSpec], extra: &[String]) -> String {
         "reboot=k panic=-1".to_owned(),
         // There is nothing behind that controller: looking for mice and keyboards takes long.
         "i8042.noaux i8042.nomux i8042.dumbkbd".to_owned(),
-        // Devices are on the MMIO bus.
-        "pci=off".to_owned(),
         // Self tests of the ciphers: the largest part of a boot that can be left out.
         "cryptomgr.notests".to_owned(),
         "random.trust_cpu=on".to_owned(),
         format!("{CHANNEL_ARGUMENT}={VSOCK_CHANNEL}"),
     ];
+    if !pci {
+        // Devices are memory-mapped: there is no bus to be looked for.
+        arguments.push("pci=off".to_owned());
+    }
     if !serials.is_empty() {
         // Firecracker makes the disks' serial numbers itself.
         arguments.push(format!("{DISKS_ARGUMENT}={}", serials.join(",")));

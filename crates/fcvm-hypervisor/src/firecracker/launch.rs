@@ -69,7 +69,7 @@ impl Launch for Firecracker {
     type Vm = FirecrackerVm;
 
     async fn launch(&self, spec: LaunchSpec) -> Result<FirecrackerVm, HypervisorError> {
-        let plan = Plan::new(&spec.hardware, &spec.boot)?;
+        let plan = Plan::new(&spec.hardware, &spec.boot, self.pci())?;
         let vm = self.spawn(spec.hardware).await?;
         match plan.carry_out(&vm).await {
             Ok(()) => Ok(vm),
@@ -166,7 +166,9 @@ impl Firecracker {
         if let Some(jail) = self.jail() {
             // The jailer opens the network's namespace by the owner's descriptor of it.
             let network = namespaces.into_iter().next_back();
-            let command = jail.command(self.program(), self.directory(), spec, network.as_ref());
+            let mut command =
+                jail.command(self.program(), self.directory(), spec, network.as_ref());
+            command.args(self.bus());
             let users = None;
             return Ok((
                 command,
@@ -186,9 +188,18 @@ impl Firecracker {
             .directory(place.path())
             .args(["--api-sock", API_NAME, "--id", "fcvm"])
             // What it has to say comes behind one another on standard error.
-            .args(["--log-path", "/proc/self/fd/2", "--level", "Warning"]);
+            .args(["--log-path", "/proc/self/fd/2", "--level", "Warning"])
+            .args(self.bus());
         let _network = None;
         Ok((command, Namespaces { users, _network }))
+    }
+
+    /// What the program is told of the bus of its VM's devices.
+    fn bus(&self) -> &'static [&'static str] {
+        match self.pci() {
+            true => &["--enable-pci"],
+            false => &[],
+        }
     }
 
     /// Waits until Firecracker answers; tells why it ended, where it does not.
@@ -242,7 +253,7 @@ struct Plan {
 
 impl Plan {
     /// Refuses what Firecracker would refuse, before it is started.
-    fn new(hardware: &HardwareSpec, boot: &BootSpec) -> Result<Self, HypervisorError> {
+    fn new(hardware: &HardwareSpec, boot: &BootSpec, pci: bool) -> Result<Self, HypervisorError> {
         check(hardware, MemoryMapping::Shared)?;
         check_file(&boot.kernel, KERNEL)?;
         if let Some(path) = &boot.initramfs {
@@ -253,7 +264,7 @@ impl Plan {
             machine: MachineConfiguration::new(hardware.cpu_count, hardware.memory.size())?,
             kernel: boot.kernel.clone(),
             initramfs: boot.initramfs.clone(),
-            boot_args: kernel_arguments(&hardware.disks, &boot.extra_kernel_args),
+            boot_args: kernel_arguments(&hardware.disks, pci, &boot.extra_kernel_args),
             drives: drives
                 .map(|(index, disk)| Drive::new(index, disk))
                 .collect::<Result<_, _>>()?,

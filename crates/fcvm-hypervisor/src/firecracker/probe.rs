@@ -38,6 +38,7 @@ pub struct Firecracker {
     program: PathBuf,
     directory: PathBuf,
     jail: Option<Jail>,
+    pci: bool,
 }
 
 impl Firecracker {
@@ -60,6 +61,7 @@ impl Firecracker {
             program,
             directory,
             jail: None,
+            pci: false,
         })
     }
 
@@ -95,6 +97,17 @@ impl Firecracker {
             jail: Some(jail),
             ..self
         }
+    }
+
+    /// The same one, whose VMs have their devices on a PCI bus, and not where the kernel is told that they are
+    /// memory-mapped. A VM that starts from saved state has the bus that it had.
+    pub fn with_pci(self, pci: bool) -> Self {
+        Self { pci, ..self }
+    }
+
+    /// Whether devices are on a PCI bus.
+    pub(super) fn pci(&self) -> bool {
+        self.pci
     }
 
     /// How it is jailed, if it is.

@@ -123,7 +123,9 @@ pub(crate) fn write_program(path: &Path, script: &str) {
 /// The fake's process.
 pub(crate) fn main() {
     let variable = |name: &str| std::env::var(name).unwrap_or_default();
-    let arguments = variable("FAKE_ARGUMENTS");
+    let all = variable("FAKE_ARGUMENTS");
+    let plain = all.strip_suffix(" --enable-pci");
+    let arguments = plain.unwrap_or(&all);
     match arguments.strip_prefix(JAILED_ARGUMENTS) {
         Some(own) => assert_eq!(own, "--api-sock api --level Warning"),
         None => assert_eq!(
@@ -137,6 +139,7 @@ pub(crate) fn main() {
         fault: variable("FAKE_FAULT"),
         faulty: variable("FAKE_REQUEST"),
         jailed: arguments.starts_with(JAILED_ARGUMENTS),
+        pci: plain.is_some(),
         ..Machine::default()
     };
     for stream in listener.incoming() {
@@ -164,6 +167,8 @@ struct Machine {
     faulty: String,
     /// Nothing is there but what is in its directory.
     jailed: bool,
+    /// Devices are on a PCI bus.
+    pci: bool,
     configured: BTreeSet<String>,
     memory_mib: u64,
     state: State,
@@ -326,6 +331,10 @@ impl Machine {
             return Err(
                 "The kernel command line is invalid: String contains too many bytes.".into(),
             );
+        }
+        // The real one takes it, and its guest finds no devices.
+        if self.pci == arguments.split(' ').any(|argument| argument == "pci=off") {
+            return Err("the guest does not look for its devices where they are".into());
         }
         self.once("boot-source")
     }

@@ -150,6 +150,14 @@ async fn a_vm_runs_pauses_goes_on_and_is_killed() {
 }
 
 #[tokio::test]
+async fn devices_may_be_on_a_pci_bus() {
+    let place = Place::new(Behaviour::default());
+    let firecracker = place.firecracker().with_pci(true);
+    let vm = firecracker.launch(place.spec().0).await.unwrap();
+    assert!(vm.is_running().await.unwrap());
+}
+
+#[tokio::test]
 async fn what_is_dropped_ends_and_leaves_nothing() {
     let place = Place::new(Behaviour::default());
     let vm = place.launch().await.unwrap();

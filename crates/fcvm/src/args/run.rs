@@ -175,6 +175,9 @@ pub(crate) struct StartArguments {
     /// Accelerator
     #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
     pub(crate) accel: AcceleratorChoice,
+    /// Put the devices of a VM of Firecracker on a PCI bus: more throughput, a longer boot
+    #[arg(long, help_heading = "Machine")]
+    pub(crate) pci: bool,
     /// Guest kernel: a vmlinux or bzImage, or a kernel or profile of 'fcvm kernel ls' [default: the one
     /// that setup made ready]
     #[arg(long, value_name = "FILE|NAME", help_heading = "Machine")]

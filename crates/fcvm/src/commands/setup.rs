@@ -5,7 +5,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::HypervisorKind;
 use fcvm_hypervisor::firecracker::release::{self, ReleaseOptions};
 use fcvm_hypervisor::probe::{HostProbe, probe_host};
 use fcvm_kernel::build::{self, BuildError};
@@ -99,7 +98,7 @@ fn kernel(context: &Context, force: bool, profile: Option<&str>) -> anyhow::Resu
         Some(kernel) => kernel,
         None => packaged(context, force)?,
     };
-    let initramfs = initramfs(context, &kernel, HypervisorKind::default())?;
+    let initramfs = initramfs(context, &kernel, Devices::Qemu)?;
     let package = kernel
         .package
         .as_deref()
@@ -206,12 +205,8 @@ pub(crate) fn guest_kernel(context: &Context, own: Option<&Path>) -> anyhow::Res
 pub(crate) fn initramfs(
     context: &Context,
     kernel: &GuestKernel,
-    hypervisor: HypervisorKind,
+    devices: Devices,
 ) -> anyhow::Result<PathBuf> {
-    let devices = match hypervisor {
-        HypervisorKind::Qemu => Devices::Qemu,
-        HypervisorKind::Firecracker => Devices::Firecracker,
-    };
     Ok(fcvm_kernel::initramfs(
         &kernels(context),
         kernel,

@@ -446,7 +446,7 @@ fn firecracker_of(
     entry: &mut Entry,
     disks: &Path,
 ) -> anyhow::Result<Firecracker> {
-    let firecracker = firecracker(context, &entry.paths.runtime)?;
+    let firecracker = firecracker(context, &entry.paths.runtime)?.with_pci(spec.pci);
     if !spec.jail {
         return Ok(firecracker);
     }

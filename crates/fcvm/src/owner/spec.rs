@@ -42,6 +42,9 @@ pub(crate) struct VmSpec {
     /// It runs under its jailer.
     #[serde(default)]
     pub(crate) jail: bool,
+    /// Its devices are on a PCI bus.
+    #[serde(default)]
+    pub(crate) pci: bool,
     pub(crate) accelerator: AcceleratorChoice,
     pub(crate) network: NetworkMode,
     pub(crate) ports: Vec<PortMapping>,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{anyhow, bail};
 use fcvm_hypervisor::HypervisorKind;
 use fcvm_hypervisor::firecracker::CPU_COUNT_MAX;
-use fcvm_kernel::GuestKernel;
+use fcvm_kernel::{Devices, GuestKernel};
 
 use crate::args::DiskStoreChoice;
 use crate::args::run::{AcceleratorChoice, HypervisorChoice, NetworkMode, RunArguments};
@@ -31,7 +31,14 @@ pub(super) fn choose(
     arguments: &RunArguments,
     kernel: &GuestKernel,
 ) -> anyhow::Result<Chosen> {
-    let initramfs = |kind| crate::commands::setup::initramfs(context, kernel, kind);
+    let initramfs = |kind| {
+        let devices = match (kind, arguments.start.pci) {
+            (HypervisorKind::Qemu, _) => Devices::Qemu,
+            (HypervisorKind::Firecracker, false) => Devices::Firecracker,
+            (HypervisorKind::Firecracker, true) => Devices::FirecrackerPci,
+        };
+        crate::commands::setup::initramfs(context, kernel, devices)
+    };
     let (kind, reason) = match arguments.start.hypervisor {
         HypervisorChoice::Qemu => (HypervisorKind::Qemu, None),
         HypervisorChoice::Firecracker => (HypervisorKind::Firecracker, None),
@@ -49,6 +56,12 @@ pub(super) fn choose(
     if let Some(reason) = &reason {
         tracing::debug!(target: "vm", "the hypervisor is {kind}: {reason}");
     }
+    if arguments.start.pci && kind == HypervisorKind::Qemu {
+        bail!(
+            "--pci cannot be had: {}",
+            not_qemus("a PCI bus", reason.as_deref())
+        );
+    }
     let shares = arguments.warm || arguments.standby > 0;
     // A jail has a copy of memory that is there already, which these options are to spare.
     let wanted = arguments.jail.or(shares.then_some(false));
@@ -60,6 +73,14 @@ pub(super) fn choose(
     })
 }
 
+/// Why a VM of QEMU's has not what Firecracker has.
+fn not_qemus(what: &str, reason: Option<&str>) -> String {
+    match reason {
+        Some(reason) => format!("Firecracker has {what}, and QEMU runs the VM: {reason}"),
+        None => format!("Firecracker has {what}: choose --hypervisor firecracker"),
+    }
+}
+
 /// Whether the VM is jailed. Where nobody said so it is if it can be, and else a note says why not.
 fn jail(
     context: &Context,
@@ -69,10 +90,7 @@ fn jail(
 ) -> anyhow::Result<bool> {
     let is_root = rustix::process::geteuid().is_root();
     let jailer = match kind {
-        HypervisorKind::Qemu => Err(anyhow!(match reason {
-            Some(reason) => format!("Firecracker has a jailer, and QEMU runs the VM: {reason}"),
-            None => "Firecracker has a jailer: choose --hypervisor firecracker".to_owned(),
-        })),
+        HypervisorKind::Qemu => Err(anyhow!(not_qemus("a jailer", reason))),
         HypervisorKind::Firecracker => {
             let firecracker = crate::owner::firecracker(context, &context.runtime_dir)?;
             match is_root {

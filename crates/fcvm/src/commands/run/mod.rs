@@ -174,6 +174,7 @@ pub(super) async fn make_spec(
         hypervisor: chosen.kind,
         hypervisor_reason: chosen.reason,
         jail: chosen.jail,
+        pci: arguments.start.pci,
         accelerator: arguments.start.accel,
         network: arguments.start.network,
         ports: arguments.publish.clone(),
