@@ -56,10 +56,10 @@ impl DeviceLine {
             ("processors", saved.cpu_count == self.cpu_count),
             ("memory", saved.memory_bytes == self.memory_bytes),
             ("disks", saved.disks == self.disks),
-            ("network", saved.has_network == self.has_network),
+            ("network cards", saved.has_network == self.has_network),
         ];
         let (part, _) = parts.into_iter().find(|(_, is_same)| !is_same)?;
-        Some(format!("its {part} are not those of this VM"))
+        Some(format!("it was made with other {part} than this VM has"))
     }
 }
 

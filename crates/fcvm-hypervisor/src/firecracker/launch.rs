@@ -43,7 +43,8 @@ pub(super) const STATE_NAME: &str = "state";
 pub(super) const MEMORY_NAME: &str = "memory";
 /// How long Firecracker may take until it answers. It takes 10 ms on an idle host.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long it may take to do what it is told. It gives itself 30 s to hear from its processors.
+/// How long it may take to do what it is told, where that is not to write memory. It gives itself 30 s to hear
+/// from its processors.
 pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(35);
 /// How long an end that has begun may take.
 const END_TIMEOUT: Duration = Duration::from_secs(1);

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use fcvm_process::{HelperCommand, HelperProcess};
 use serde::Serialize;
@@ -24,6 +25,8 @@ use crate::spec::{HardwareSpec, MemoryMapping};
 use crate::state::{DEVICE_STATE_BYTES_MAX, DeviceState, failed};
 use crate::vm::{AgentChannel, MemoryBackend};
 
+/// Bytes of memory a second that are written at the least: fewer than any disk that VMs are kept on takes.
+const SAVED_BYTES_PER_S: u64 = 8 << 20;
 /// A program that waits until it is killed.
 const HOLDER: &str = "/bin/sleep";
 
@@ -91,8 +94,9 @@ impl FirecrackerVm {
             snapshot_path: STATE_NAME,
             mem_file_path,
         };
+        let bytes = self.device_line().memory_bytes;
         self.api
-            .put("/snapshot/create", &request, COMMAND_TIMEOUT)
+            .put("/snapshot/create", &request, save_timeout(bytes))
             .await
             .map_err(|error| refused("saved", error))?;
         self.place
@@ -134,6 +138,11 @@ impl FirecrackerVm {
         };
         hold().map_err(setup_failed("who holds a file for it"))
     }
+}
+
+/// How long a save may take: the memory is written meanwhile.
+fn save_timeout(memory_bytes: u64) -> Duration {
+    COMMAND_TIMEOUT + Duration::from_secs(memory_bytes / SAVED_BYTES_PER_S)
 }
 
 /// A process that waits for a snapshot. Dropping it ends it.
@@ -245,4 +254,16 @@ fn refused(what: &'static str, error: HypervisorError) -> HypervisorError {
         error => return error,
     };
     failed(what, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_memory_has_more_time_to_be_saved() {
+        let small = save_timeout(128 << 20);
+        assert_eq!(small, COMMAND_TIMEOUT + Duration::from_secs(16));
+        assert!(save_timeout(64 << 30) > Duration::from_secs(2 * 3600));
+    }
 }

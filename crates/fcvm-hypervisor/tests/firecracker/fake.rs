@@ -23,6 +23,10 @@ pub(crate) const AGENT_TEXT: &[u8] = b"the agent is there";
 pub(crate) const FULL_MEMORY: &[u8] = b"all memory, from the beginning";
 /// What it writes of what is in memory, or was written to.
 pub(crate) const DIRTY_MEMORY: &[u8] = b"some";
+/// What it says of a file that does not hold all memory.
+pub(crate) const SHORT_MEMORY: &str = "Load snapshot error: Failed to restore from snapshot: Failed to load guest \
+    memory: Error creating guest memory from file: Failed to restore guest memory: Total sum of memory regions \
+    exceeds largest possible file offset";
 /// What the jailer tells Firecracker by itself.
 const JAILED_ARGUMENTS: &str =
     "--id 0123abcd --start-time-us 1 --start-time-cpu-us 1 --parent-cpu-time-us 1 ";
@@ -477,7 +481,8 @@ impl Machine {
         let configured: Vec<&str> = self.configured.iter().map(String::as_str).collect();
         // The guest's connections are ended first.
         self.agent = None;
-        fs::write(text(body, "snapshot_path")?, configured.join("\n")).map_err(opened)?;
+        let state = format!("{}\nmemory/{}", configured.join("\n"), self.memory_mib);
+        fs::write(text(body, "snapshot_path")?, state).map_err(opened)?;
         // The memory's file is written over, and gets the memory's size.
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false);
@@ -512,26 +517,34 @@ impl Machine {
         if !state.starts_with("boot-source") {
             return Err("Load snapshot error: Failed to restore from snapshot:\nFailed to load snapshot state from file: Bad magic value".into());
         }
+        let (memory, parts): (Vec<_>, Vec<_>) =
+            state.lines().partition(|line| line.starts_with("memory/"));
+        let memory_mib = memory
+            .first()
+            .map_or(0, |line| line["memory/".len()..].parse().unwrap());
         let backend = &body["mem_backend"];
         fields(backend, &["backend_type", "backend_path"], &[])?;
         let path = text(backend, "backend_path")?;
         match text(backend, "backend_type")? {
             "File" => {
                 let bytes = fs::metadata(path).map_err(failed)?.len();
-                self.memory_mib = bytes >> 20;
+                if bytes < memory_mib << 20 {
+                    return Err(SHORT_MEMORY.into());
+                }
             }
             "Uffd" => UnixStream::connect(path).map(drop).map_err(failed)?,
             other => return Err(format!("unknown variant `{other}`")),
         }
         // Disks and socket have the names that they had.
-        for part in state.lines() {
+        for part in &parts {
             if let Some(drive) = part.strip_prefix("drives/") {
                 File::open(drive).map(drop).map_err(failed)?;
-            } else if part == "vsock" {
+            } else if *part == "vsock" {
                 self.vsock = Some(UnixListener::bind("vsock").map_err(failed)?);
             }
         }
-        self.configured = state.lines().map(str::to_owned).collect();
+        self.configured = parts.into_iter().map(str::to_owned).collect();
+        self.memory_mib = memory_mib;
         self.state = State::Paused;
         Ok(None)
     }

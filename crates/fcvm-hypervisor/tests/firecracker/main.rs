@@ -526,10 +526,10 @@ async fn a_state_goes_into_its_own_hardware_only() {
         ("processors", |line| line.cpu_count += 1),
         ("memory", |line| line.memory_bytes += 1),
         ("disks", |line| line.disks.clear()),
-        ("network", |line| line.has_network ^= true),
+        ("network cards", |line| line.has_network ^= true),
     ];
     for (part, change) in changes {
-        let expected = format!("its {part} are not those of this VM");
+        let expected = format!("it was made with other {part} than this VM has");
         assert_eq!(with(change), expected);
     }
     let read: DeviceLine = serde_json::from_value(serde_json::to_value(&line).unwrap()).unwrap();
@@ -569,6 +569,37 @@ async fn a_snapshot_that_cannot_be_loaded_ends_its_process() {
     );
 }
 
+#[tokio::test]
+async fn memory_of_another_size_is_told_and_never_loaded() {
+    let place = Place::new(Behaviour::default());
+    let vm = place.launch().await.unwrap();
+    vm.pause().await.unwrap();
+    let state = vm.save(&memory_file(), SavedMemory::Full).await.unwrap();
+    for bytes in [MEMORY_BYTES / 2, MEMORY_BYTES - 4096, MEMORY_BYTES * 2] {
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(bytes).unwrap();
+        let standby = prepare(&place, "clone", &memory).await.unwrap();
+        // What the owner asks before it gives the state on.
+        let difference = standby.vm().device_line().difference(vm.device_line());
+        let expected = "it was made with other memory than this VM has";
+        assert_eq!(difference.as_deref(), Some(expected));
+        if bytes < MEMORY_BYTES {
+            let loaded = standby.load(&state, &MemoryBackend::File).await;
+            let error = loaded.map(drop).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "the device state cannot be loaded: Firecracker says: {}",
+                    fake::SHORT_MEMORY
+                )
+            );
+        } else {
+            drop(standby);
+        }
+        assert!(!place.path("clone").exists());
+    }
+}
+
 /// As they do when the process that serves the memory has died.
 #[tokio::test]
 async fn a_load_or_save_that_hangs_ends_with_the_time_limit() {
@@ -592,7 +623,11 @@ async fn a_load_or_save_that_hangs_ends_with_the_time_limit() {
         .save(&memory_file(), SavedMemory::Full)
         .await
         .unwrap_err();
-    assert!(matches!(error, HypervisorError::Timeout { .. }), "{error}");
+    // Longer, as memory is written.
+    assert!(
+        matches!(error, HypervisorError::Timeout { timeout_s: 51, .. }),
+        "{error}"
+    );
 }
 
 #[tokio::test]

@@ -191,3 +191,31 @@ async fn a_real_one_tells_what_is_wrong_with_a_snapshot_and_a_kernel() {
     assert!(!error.to_string().contains('\n'), "{error}");
     assert!(!path("vm").exists());
 }
+
+#[tokio::test]
+async fn a_real_one_does_not_load_memory_that_is_cut_off() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let (Some(source), Some(clones)) = (firecracker(&path("vm")), firecracker(&path("clone")))
+    else {
+        return;
+    };
+    let (vm, console) = launch(&source, kernel(directory.path())).await.unwrap();
+    let console = runs(console).await;
+    vm.pause().await.unwrap();
+    let memory = memory_file();
+    let state = vm.save(&memory, SavedMemory::Full).await.unwrap();
+    for bytes in [MEMORY.bytes() - 4096, MEMORY.bytes() / 2] {
+        memory.set_len(bytes).unwrap();
+        let error = clone(&clones, &state, &memory).await.map(drop).unwrap_err();
+        println!("{error}");
+        assert!(
+            matches!(error, HypervisorError::State { what: "loaded", .. }),
+            "{error}"
+        );
+        assert!(!error.to_string().contains('\n'), "{error}");
+        assert!(!path("clone").exists());
+    }
+    vm.resume().await.unwrap();
+    drop(runs(console).await);
+}
