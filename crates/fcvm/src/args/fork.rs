@@ -1,9 +1,8 @@
 //! `fcvm fork`.
 
 use clap::Args;
-use fcvm_types::{PortMapping, VmName};
 
-use super::{Format, parse_vm_name};
+use super::clones::CloneArguments;
 
 /// `fcvm fork`.
 #[derive(Debug, Args)]
@@ -19,28 +18,12 @@ use super::{Format, parse_vm_name};
         fcvm fork web -n 50 --dry-run              what it would cost"
 )]
 pub(crate) struct ForkArguments {
-    /// How many clones, named PREFIX-1, PREFIX-2, ... [default: one]
-    #[arg(short = 'n', long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=100))]
-    pub(crate) count: Option<u16>,
-    /// Beginning of the clones' names, or without -n the very name of the one clone [default: the
-    /// source's name]
-    #[arg(long, value_name = "PREFIX", value_parser = parse_vm_name)]
-    pub(crate) name: Option<VmName>,
-    /// Run a shell command in each clone as soon as it is there, and print what it says
-    #[arg(long, value_name = "CMD")]
-    pub(crate) exec: Option<String>,
-    /// Publish a port of the clone, as in 'fcvm run'; only with a single clone
-    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/PROTO]")]
-    pub(crate) publish: Vec<PortMapping>,
-    /// Remove the clones when their containers have ended
-    #[arg(long)]
-    pub(crate) rm: bool,
+    /// The clones
+    #[command(flatten)]
+    pub(crate) clones: CloneArguments,
     /// Only tell what the fork would cost
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Form of the output
-    #[arg(long, value_enum, default_value = "table")]
-    pub(crate) format: Format,
     /// Name, id or owner PID of the VM
     pub(crate) vm: String,
 }

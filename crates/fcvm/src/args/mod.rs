@@ -1,5 +1,6 @@
 //! The command line: what can be written, not what it does (that is `commands/`).
 
+pub(crate) mod clones;
 pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod kernel;

@@ -77,7 +77,7 @@ pub(crate) struct RunArguments {
     /// limits of its memory, processes and processor time; needs root. Clones then have copies
     /// of the memory [default: where root runs Firecracker, the jailer is there, and neither --warm nor
     /// --standby is given]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Machine")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", overrides_with = "jail", help_heading = "Machine")]
     pub(crate) jail: Option<bool>,
     /// Directory of the host in the guest (not in this version)
     #[arg(short, long, alias = "map", value_name = "HOST:GUEST", hide = true)]
@@ -288,6 +288,24 @@ pub(crate) fn parse_duration(text: &str) -> Result<std::time::Duration, String> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_word_about_a_jail_counts() {
+        use clap::Parser as _;
+        let jail = |words: &[&str]| {
+            let line = [&["fcvm", "run"], words, &["image"]].concat();
+            match super::super::Arguments::try_parse_from(line)
+                .unwrap()
+                .command
+            {
+                super::super::Command::Run(run) => run.jail,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(jail(&[]), None);
+        assert_eq!(jail(&["--jail=false", "--jail"]), Some(true));
+        assert_eq!(jail(&["--jail", "--jail=false"]), Some(false));
+    }
 
     #[test]
     fn durations() {

@@ -1,9 +1,10 @@
 //! `fcvm snapshot`.
 
 use clap::{Args, Subcommand, ValueEnum};
-use fcvm_types::{PortMapping, SnapshotTag, VmName};
+use fcvm_types::SnapshotTag;
 
-use super::{Format, parse_vm_name};
+use super::Format;
+use super::clones::CloneArguments;
 
 /// The verbs of `fcvm snapshot`.
 #[derive(Debug, Subcommand)]
@@ -100,28 +101,12 @@ pub(crate) struct RunArguments {
     /// The process that serves the snapshot ('fcvm snapshot serve')
     #[arg(long, value_name = "SERVE_PID")]
     pub(crate) pid: Option<i32>,
-    /// How many clones, named PREFIX-1, PREFIX-2, ... [default: one]
-    #[arg(short = 'n', long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=100))]
-    pub(crate) count: Option<u16>,
-    /// Beginning of the clones' names, or without -n the very name of the one clone [default: the
-    /// name of the VM that the snapshot is of]
-    #[arg(long, value_name = "PREFIX", value_parser = parse_vm_name)]
-    pub(crate) name: Option<VmName>,
-    /// Run a shell command in each clone as soon as it is there, and print what it says
-    #[arg(long, value_name = "CMD")]
-    pub(crate) exec: Option<String>,
-    /// Publish a port of the clone, as in 'fcvm run'; only with a single clone
-    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/PROTO]")]
-    pub(crate) publish: Vec<PortMapping>,
-    /// Remove the clones when their containers have ended
-    #[arg(long)]
-    pub(crate) rm: bool,
+    /// The clones
+    #[command(flatten)]
+    pub(crate) clones: CloneArguments,
     /// Where the clones get their memory
     #[arg(long, value_enum, default_value = "auto", conflicts_with = "pid")]
     pub(crate) memory: MemoryChoice,
-    /// Form of the output
-    #[arg(long, value_enum, default_value = "table")]
-    pub(crate) format: Format,
 }
 
 /// `--memory`.

@@ -11,6 +11,7 @@ use fcvm_wire::{Channel, FrameKind, Outcome, Request};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::unix::pipe;
 
+use crate::args::clones::CloneArguments;
 use crate::client::{Client, Flow, finished};
 use crate::context::Context;
 use crate::errors::ExitError;
@@ -343,10 +344,10 @@ pub(crate) async fn owner(context: &Context) -> anyhow::Result<u8> {
 /// for; without a count one clone, which gets the very name that was asked for.
 pub(crate) fn names(
     store: &StateStore,
-    wanted: Option<&VmName>,
+    clones: &CloneArguments,
     default: &VmName,
-    count: Option<u16>,
 ) -> anyhow::Result<Vec<VmName>> {
+    let (wanted, count) = (clones.name.as_ref(), clones.count);
     let taken = store.list()?;
     let is_taken = |name: &VmName| taken.iter().any(|record| record.name == *name);
     let refuse = |name: &VmName| {

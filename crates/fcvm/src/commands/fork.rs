@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::clones::{self, Family, Said};
 use crate::args::Format;
+use crate::args::clones::CloneArguments;
 use crate::args::fork::ForkArguments;
 use crate::context::Context;
 use crate::handover::Handover;
@@ -18,16 +19,14 @@ use crate::owner::spec::VmSpec;
 use crate::state::StateStore;
 
 pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow::Result<u8> {
-    if arguments.count.is_some_and(|count| count > 1) && !arguments.publish.is_empty() {
-        bail!("-p gives one clone a port: several clones cannot share it");
-    }
+    let wanted = &arguments.clones;
+    wanted.check()?;
     let store = context.state()?;
     let record = store.find(&arguments.vm)?;
     check_state(&record)?;
     let paths = store.paths(&record.id);
     let source = VmSpec::of(&paths)?;
-    let wanted = arguments.name.as_ref();
-    let names = clones::names(&store, wanted, &record.name, arguments.count)?;
+    let names = clones::names(&store, wanted, &record.name)?;
     let asking = connect(&paths.fork_socket()).with_context(|| {
         format!(
             "VM '{}' is ending, or its owner does not answer",
@@ -47,11 +46,11 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
     let family = Family {
         source: &source,
         lineage: &lineage,
-        ports: &arguments.publish,
-        remove_on_exit: arguments.rm,
+        ports: &wanted.publish,
+        remove_on_exit: wanted.rm,
     };
     // A port is given to the network when that starts, so those that are ready have none.
-    let ready = match arguments.publish.is_empty() {
+    let ready = match wanted.publish.is_empty() {
         true => clones::ask_for_ready(&asking, names.len()).await?,
         false => Vec::new(),
     };
@@ -73,18 +72,7 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
         clones: &clones,
         spec: &source,
     };
-    let wish = Wish {
-        exec: arguments.exec.as_deref(),
-        format: arguments.format,
-    };
-    tell(&store, &wish, &answered).await
-}
-
-/// What is wanted of clones that have started.
-pub(super) struct Wish<'a> {
-    /// A shell command to run in each.
-    pub(super) exec: Option<&'a str>,
-    pub(super) format: Format,
+    tell(&store, wanted, &answered).await
 }
 
 /// Clones that have started.
@@ -123,16 +111,16 @@ impl<'a> Stood<'a> {
 /// Prints the clones and what they say; the exit code is the first that is not zero.
 pub(super) async fn tell(
     store: &StateStore,
-    wish: &Wish<'_>,
+    wanted: &CloneArguments,
     answered: &Answered<'_>,
 ) -> anyhow::Result<u8> {
-    let said = match wish.exec {
+    let said = match &wanted.exec {
         Some(command) => in_all(store, answered.clones, answered.spec, command).await?,
         None => Vec::new(),
     };
-    match wish.format {
+    match wanted.format {
         Format::Json => print_json(answered, &said)?,
-        Format::Table if wish.exec.is_some() => said.iter().for_each(print_said),
+        Format::Table if wanted.exec.is_some() => said.iter().for_each(print_said),
         Format::Table => answered.clones.iter().for_each(|(id, _)| println!("{id}")),
     }
     let codes = said.iter().map(|said| said.status.shell_code());
@@ -152,7 +140,7 @@ async fn estimate(
         Some((ForkReply::Failed { message }, _)) => bail!("{message}"),
         _ => bail!("VM '{}' is ending", record.name),
     };
-    if arguments.format == Format::Json {
+    if arguments.clones.format == Format::Json {
         println!("{}", serde_json::to_string_pretty(&estimate)?);
         return Ok(crate::EXIT_SUCCESS);
     }
@@ -184,7 +172,7 @@ async fn estimate(
         ),
         None => println!("disk     none: the container is read-only"),
     }
-    let count = arguments.count.unwrap_or(1);
+    let count = arguments.clones.count.unwrap_or(1);
     println!(
         "clones   {count}: a process each for fcvm, the hypervisor and the network; what a clone writes is its own"
     );

@@ -17,8 +17,9 @@ use fcvm_types::{ByteSize, SnapshotTag, VmId, VmName};
 use serde_json::{Value, json};
 
 use super::clones::{self, Family, Starting};
-use super::fork::{Answered, Wish};
+use super::fork::Answered;
 use crate::args::Format;
+use crate::args::clones::CloneArguments;
 use crate::args::snapshot::{
     InspectArguments, LsArguments, RmArguments, RunArguments, ServeArguments, SnapshotCommand,
 };
@@ -227,17 +228,15 @@ async fn serve(context: &Context, arguments: &ServeArguments) -> anyhow::Result<
 }
 
 async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Result<u8> {
-    if arguments.count.is_some_and(|count| count > 1) && !arguments.publish.is_empty() {
-        bail!("-p gives one clone a port: several clones cannot share it");
-    }
+    let wanted = &arguments.clones;
+    wanted.check()?;
     match (&arguments.snapshot, arguments.pid) {
         (Some(tag), _) => {
             let choose = |snapshot: &Snapshot, hypervisor| {
                 memory::choose(context, arguments.memory, snapshot, hypervisor)
             };
             let (loaded, server) = load_with(&context.snapshots(), tag, choose)?;
-            let (starting, channels) =
-                start(context, arguments, &loaded.served(None), None).await?;
+            let (starting, channels) = start(context, wanted, &loaded.served(None), None).await?;
             let channels = channels
                 .into_iter()
                 .map(Handover::from_fd)
@@ -247,16 +246,16 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
             if let Some(server) = server {
                 server.keep();
             }
-            finish(context, arguments, &loaded.spec, &clones).await
+            finish(context, wanted, &loaded.spec, &clones).await
         }
         (None, Some(pid)) => {
             let server = Server::connect(context, pid).await?;
             let (starting, channels) =
-                start(context, arguments, &server.served, Some(&server)).await?;
+                start(context, wanted, &server.served, Some(&server)).await?;
             let spec = server.served.spec.clone();
             server.give(channels).await?;
             let clones = clones::all_started(starting).await?;
-            finish(context, arguments, &spec, &clones).await
+            finish(context, wanted, &spec, &clones).await
         }
         (None, None) => {
             bail!("say which snapshot: --snapshot TAG, or --pid of a process that serves one")
@@ -267,25 +266,20 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
 /// Starts the owners of the clones, or asks the process that serves the snapshot for ready ones.
 async fn start(
     context: &Context,
-    arguments: &RunArguments,
+    wanted: &CloneArguments,
     served: &Served,
     server: Option<&Server>,
 ) -> anyhow::Result<(Vec<Starting>, Vec<OwnedFd>)> {
-    let names = clones::names(
-        &context.state()?,
-        arguments.name.as_ref(),
-        &served.lineage.parent_name,
-        arguments.count,
-    )?;
+    let names = clones::names(&context.state()?, wanted, &served.lineage.parent_name)?;
     let family = Family {
         source: &served.spec,
         lineage: &served.lineage,
-        ports: &arguments.publish,
-        remove_on_exit: arguments.rm,
+        ports: &wanted.publish,
+        remove_on_exit: wanted.rm,
     };
     let ready = match server {
         // A port is given to the network when that starts, so those that are ready have none.
-        Some(server) if arguments.publish.is_empty() => server.ask_for_ready(names.len()).await?,
+        Some(server) if wanted.publish.is_empty() => server.ask_for_ready(names.len()).await?,
         _ => Vec::new(),
     };
     clones::start_all(context, &family, names, ready)
@@ -293,18 +287,14 @@ async fn start(
 
 async fn finish(
     context: &Context,
-    arguments: &RunArguments,
+    wanted: &CloneArguments,
     spec: &VmSpec,
     clones: &[(VmId, VmName)],
 ) -> anyhow::Result<u8> {
-    let wish = Wish {
-        exec: arguments.exec.as_deref(),
-        format: arguments.format,
-    };
     let answered = Answered {
         source: None,
         clones,
         spec,
     };
-    super::fork::tell(&context.state()?, &wish, &answered).await
+    super::fork::tell(&context.state()?, wanted, &answered).await
 }
