@@ -170,10 +170,22 @@ pub(crate) struct StartArguments {
     )]
     pub(crate) disk_size: ByteSize,
     /// Hypervisor
-    #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
+    #[arg(
+        long,
+        env = "FCVM_HYPERVISOR",
+        value_enum,
+        default_value = "auto",
+        help_heading = "Machine"
+    )]
     pub(crate) hypervisor: HypervisorChoice,
     /// Accelerator
-    #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
+    #[arg(
+        long,
+        env = "FCVM_ACCEL",
+        value_enum,
+        default_value = "auto",
+        help_heading = "Machine"
+    )]
     pub(crate) accel: AcceleratorChoice,
     /// Put the devices of a VM of Firecracker on a PCI bus: more throughput, a longer boot
     #[arg(long, help_heading = "Machine")]
