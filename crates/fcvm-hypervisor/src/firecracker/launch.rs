@@ -63,6 +63,8 @@ pub struct FirecrackerVm {
     metrics: MetricsReader,
     /// The user namespace that it is in, where that is not the owner's.
     pub(super) users: Option<OwnedFd>,
+    /// The memory of a VM that begins with saved state, for its jail: it is not whole before the state is there.
+    pub(super) memory: Option<File>,
     pub(super) place: Place,
 }
 
@@ -98,9 +100,12 @@ impl Firecracker {
             .add_state(&mut command, STATE_NAME)
             .map_err(setup_failed("a file for the device state"))?;
         let mut files = Vec::new();
+        let mut memory = None;
         if spec.memory.mapping() == MemoryMapping::CopyOnWrite {
             // One that boots has memory of its own.
-            let memory = File::from(OwnedFd::from(spec.memory));
+            memory = Some(File::from(OwnedFd::from(spec.memory)));
+        }
+        if let Some(memory) = memory.take_if(|_| self.jail().is_none()) {
             files.push((MEMORY_NAME.to_owned(), memory, true));
         }
         for (index, mut disk) in spec.disks.into_iter().enumerate() {
@@ -140,6 +145,7 @@ impl Firecracker {
             state,
             metrics,
             users: network.users,
+            memory,
             place,
         };
         let metrics = Metrics {

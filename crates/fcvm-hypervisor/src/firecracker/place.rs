@@ -131,7 +131,7 @@ impl Place {
                 let number = command.inherit(OwnedFd::from(file))?;
                 symlink(format!("/proc/self/fd/{number}"), path)
             }
-            Some(jail) if read_only => share(&file, &path, jail.group),
+            Some(_) if read_only => self.lay_in(&file, name),
             Some(jail) => {
                 fchown(&file, Some(jail.user), None)?;
                 if file.metadata()?.dev() == fs::metadata(&self.path)?.dev() {
@@ -157,6 +157,14 @@ impl Place {
             mounted?;
         }
         Ok(())
+    }
+
+    /// Lays a file as it is now into the jail, where there is one; Firecracker only reads it.
+    pub(super) fn lay_in(&self, file: &File, name: &str) -> io::Result<()> {
+        match &self.jail {
+            None => Ok(()),
+            Some(jail) => share(file, &self.path.join(name), jail.group),
+        }
     }
 
     /// Makes the pipe for its counters, and reads that.
@@ -197,10 +205,10 @@ impl Place {
         name: &str,
         what: &'static str,
     ) -> Result<String, HypervisorError> {
-        let Some(jail) = &self.jail else {
+        if self.jail.is_none() {
             return text_path(path, what);
-        };
-        let laid_in = || share(&File::open(path)?, &self.path.join(name), jail.group);
+        }
+        let laid_in = || self.lay_in(&File::open(path)?, name);
         laid_in().map_err(|error| refused(what, path, &error))?;
         Ok(name.to_owned())
     }

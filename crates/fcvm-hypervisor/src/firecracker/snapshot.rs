@@ -205,7 +205,13 @@ impl FirecrackerStandby {
         memory: &MemoryBackend,
     ) -> Result<FirecrackerVm, HypervisorError> {
         let (backend_type, backend_path) = match memory {
-            MemoryBackend::File => ("File", MEMORY_NAME.to_owned()),
+            MemoryBackend::File => {
+                if let Some(memory) = &self.vm.memory {
+                    let laid_in = self.vm.place.lay_in(memory, MEMORY_NAME);
+                    laid_in.map_err(setup_failed("the memory's file"))?;
+                }
+                ("File", MEMORY_NAME.to_owned())
+            }
             MemoryBackend::Uffd(socket) => ("Uffd", self.vm.place.memory_socket(socket)?),
         };
         let file = &self.vm.state;

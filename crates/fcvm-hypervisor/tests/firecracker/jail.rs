@@ -96,11 +96,15 @@ async fn a_jailed_vm_has_its_files_its_user_and_its_processes() {
     assert!(text.contains(fake::CONSOLE_TEXT), "{text}");
     assert!(!root(&place).parent().unwrap().exists());
 
-    let (hardware, _console) = clone_hardware(&place, &memory);
+    let later = memory_file();
+    let (hardware, _console) = clone_hardware(&place, &later);
     let standby = firecracker.prepare(hardware).await.unwrap();
+    // What waits for a fork gets the memory as it is then.
+    later.write_all_at(fake::FULL_MEMORY, 0).unwrap();
     let clone = standby.load(&state, &MemoryBackend::File).await.unwrap();
     assert!(!clone.is_running().await.unwrap());
-    assert!(root(&place).join("memory").exists());
+    let laid_in = File::open(root(&place).join("memory")).unwrap();
+    begins_with(&laid_in, fake::FULL_MEMORY);
     drop(clone);
     assert!(!root(&place).parent().unwrap().exists());
 
