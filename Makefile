@@ -71,7 +71,7 @@ test-kernel: agent ## build kernels from source, boot them, and work with ZFS in
 	FCVM_AGENT_BIN=$(AGENT) scripts/test-kernel-zfs $(TARGET_DIR)/debug/fcvm $(TEST_DATA)
 
 .PHONY: lab-test
-lab-test: agent ## run VMs on KVM in an emulated machine: Firecracker (FCVM_FIRECRACKER_BIN) and QEMU; half an hour
+lab-test: agent ## the end-to-end tests on KVM, in an emulated machine: Firecracker (FCVM_FIRECRACKER_BIN) and QEMU
 	scripts/install-deps --test
 	$(CARGO) build --locked -p fcvm
 	$(MAKE) --no-print-directory guest-kernel

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::hypervisor::Hypervisor;
 use crate::image::{self, Image, Layer};
 use crate::process;
 
@@ -14,6 +15,8 @@ use crate::process;
 pub(crate) const IMAGE: &str = "test:1";
 /// Image with an entrypoint, a command, a user, a directory, variables and a stop signal.
 pub(crate) const ENTRY_IMAGE: &str = "entry:1";
+/// How often it is asked whether KVM runs guests.
+const PROBES_MAX: usize = 20;
 
 /// What the tests need of the machine.
 pub(crate) struct Base {
@@ -72,7 +75,7 @@ fn prepare() -> Result<Base, String> {
     let lock = File::create(directory.join("lock")).map_err(|error| error.to_string())?;
     lock.lock().map_err(|error| error.to_string())?;
     let data = directory.join("data");
-    for stale in ["images", "disks", "vms", "run"] {
+    for stale in ["images", "disks", "vms", "run", "jails"] {
         let _ = fs::remove_dir_all(data.join(stale));
     }
     let layout = directory.join("layout");
@@ -88,6 +91,7 @@ fn prepare() -> Result<Base, String> {
         layout,
         _lock: lock,
     };
+    base.check_hypervisor()?;
     base.setup_kernel()?;
     base.make_images(&directory);
     Ok(base)
@@ -101,10 +105,59 @@ impl Base {
             .env("FCVM_DATA_DIR", &self.data)
             .env("FCVM_RUNTIME_DIR", self.data.join("run"));
         command.env("FCVM_AGENT_BIN", &self.agent);
+        let hypervisor = Hypervisor::of_suite();
+        command
+            .env("FCVM_HYPERVISOR", hypervisor.name())
+            .env("FCVM_ACCEL", hypervisor.accelerator());
         command
     }
 
+    /// Whether the host has what `FCVM_TEST_HYPERVISOR` names, or why not.
+    fn check_hypervisor(&self) -> Result<(), String> {
+        let hypervisor = Hypervisor::of_suite();
+        let title = hypervisor.title();
+        if !hypervisor.is_qemu() && hypervisor.program().is_none() {
+            return Err(format!(
+                "FCVM_FIRECRACKER_BIN names no {title}, and PATH has none"
+            ));
+        }
+        let mut found = String::new();
+        // On a busy host the test guest can be slower than is waited for.
+        for _ in 0..PROBES_MAX {
+            if !hypervisor.needs_kvm() || found.starts_with("kvm:") {
+                return Ok(());
+            }
+            let output = process::run(self.command(&["setup", "preflight", "--format", "json"]));
+            let told: Value = serde_json::from_slice(&output.stdout)
+                .unwrap_or_else(|error| panic!("{error}: {output:?}"));
+            let checks = told["checks"].as_array().unwrap();
+            let of_kvm = checks.iter().find(|check| check["check"] == "accelerator");
+            found = of_kvm.unwrap()["found"].as_str().unwrap().to_owned();
+        }
+        Err(format!("{title} needs KVM: {found}"))
+    }
+
+    /// Brings the kernel that `FCVM_TEST_KERNEL_DIR` names, where it is one that setup has made.
+    fn bring_kernel(&self) {
+        let named = std::env::var_os("FCVM_TEST_KERNEL_DIR").map(fs::canonicalize);
+        let (Some(Ok(kernel)), kernels) = (named, self.data.join("kernels")) else {
+            return;
+        };
+        let (name, current) = (kernel.file_name().unwrap(), kernels.join("current"));
+        if fs::read_link(&current).is_ok_and(|target| target == name) {
+            return;
+        }
+        fs::create_dir_all(&kernels).unwrap();
+        process::must(
+            "cp",
+            &["-a", kernel.to_str().unwrap(), kernels.to_str().unwrap()],
+        );
+        let _ = fs::remove_file(&current);
+        std::os::unix::fs::symlink(name, current).unwrap();
+    }
+
     fn setup_kernel(&self) -> Result<(), String> {
+        self.bring_kernel();
         let output = process::run(self.command(&["setup", "kernel"]));
         if output.code == 0 {
             return Ok(());
@@ -179,12 +232,16 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// A static program out of a file in `guest/`.
+/// A static program out of a file in `guest/`, made where an earlier run has not left it.
 fn compile(directory: &Path, name: &str) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/e2e/guest")
         .join(format!("{name}.rs"));
     let program = directory.join(name);
+    let time = |path: &Path| fs::metadata(path).and_then(|data| data.modified());
+    if time(&program).is_ok_and(|made| made > time(&source).unwrap()) {
+        return program;
+    }
     let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let options = [

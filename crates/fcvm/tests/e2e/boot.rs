@@ -5,19 +5,20 @@ use std::fs;
 use crate::base::{IMAGE, base};
 use crate::lab::Lab;
 
-/// An x86-64 kernel as QEMU's microvm boots it (an ELF file with a PVH entry point, Xen's
+/// An x86-64 kernel as QEMU's microvm and Firecracker boot it (an ELF file with a PVH entry point, Xen's
 /// docs/misc/pvh.pandoc) that says one line on the serial port and then hangs.
 fn hanging_kernel() -> Vec<u8> {
     const LOAD_ADDRESS: u32 = 0x10_0000;
     const MESSAGE: &[u8] = b"this kernel hangs\n";
-    // mov dx, 0x3f8; mov esi, MESSAGE; mov ecx, LENGTH; rep outsb; cli; hlt; jmp to the hlt
+    // mov dx, 0x3f8; mov esi, MESSAGE; mov ecx, LENGTH; lodsb; out dx, al; loop to the lodsb; cli; hlt;
+    // jmp to the hlt. Firecracker takes one byte at a time.
     let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xbe];
-    let message_at = LOAD_ADDRESS + 21;
+    let message_at = LOAD_ADDRESS + 22;
     code.extend(message_at.to_le_bytes());
     code.push(0xb9);
     code.extend(u32::try_from(MESSAGE.len()).unwrap().to_le_bytes());
-    code.extend([0xf3, 0x6e, 0xfa, 0xf4, 0xeb, 0xfd, 0x90]);
-    assert_eq!(code.len(), 21);
+    code.extend([0xac, 0xee, 0xe2, 0xfc, 0xfa, 0xf4, 0xeb, 0xfd]);
+    assert_eq!(code.len(), 22);
     code.extend(MESSAGE);
     code.resize(64, 0);
     // Type 18, XEN_ELFNOTE_PHYS32_ENTRY.
@@ -188,7 +189,9 @@ fn memory_that_runs_out_kills_the_process_that_took_it() {
 
 #[test]
 fn a_missing_or_broken_qemu_is_told() {
-    let Some(mut lab) = Lab::new() else { return };
+    let Some(mut lab) = Lab::of_qemu("is what this test takes away") else {
+        return;
+    };
     let empty = lab.file("no-programs");
     fs::create_dir(&empty).unwrap();
     lab.without_program(qemu());
@@ -216,7 +219,9 @@ fn qemu() -> &'static str {
 
 #[test]
 fn a_wish_for_kvm_where_it_does_not_work_is_told() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(lab) = Lab::of_qemu("runs without KVM") else {
+        return;
+    };
     let probed = lab.fcvm(&["setup", "preflight", "--format", "json"]);
     if !probed.text().contains("\"tcg\"") && !probed.text().to_lowercase().contains("emulat") {
         println!("skipped: KVM works here");

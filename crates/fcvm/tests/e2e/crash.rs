@@ -91,12 +91,7 @@ fn owner_killed_while_the_guest_boots() {
     ] {
         let running = lab.start(&[options, &[IMAGE, "true"]].concat());
         let record = lab.wait_for_state("victim", "booting");
-        assert_eq!(
-            lab.processes_of("qemu-system").len(),
-            1,
-            "{:?}",
-            lab.processes()
-        );
+        lab.the_hypervisor();
         kill_owner(&lab, "victim", &record);
         let output = running.wait();
         // A detached run whose owner died says so; one in the foreground was the owner.
@@ -214,10 +209,7 @@ fn hypervisor_killed_while_the_container_runs() {
         "echo ready; sleep 1000",
     ]);
     running.stdout.wait_for("ready\n");
-    let [qemu] = lab.processes_of("qemu-system")[..] else {
-        panic!("{:?}", lab.processes())
-    };
-    kill_process(qemu, Signal::KILL).unwrap();
+    kill_process(lab.the_hypervisor(), Signal::KILL).unwrap();
     let output = running.wait();
     assert_eq!(output.text(), "ready\n");
     let line = crate::lab::one_error(output, 125, "a run whose hypervisor was killed");
@@ -240,8 +232,8 @@ fn hypervisor_killed_while_the_guest_boots() {
     lab.agent = base().unwrap().silent_agent.clone();
     let running = lab.start(&["run", "-d", "--name", "victim", IMAGE, "true"]);
     lab.wait_for_state("victim", "booting");
-    for qemu in lab.processes_of("qemu-system") {
-        kill_process(qemu, Signal::KILL).unwrap();
+    for hypervisor in lab.hypervisors() {
+        kill_process(hypervisor, Signal::KILL).unwrap();
     }
     let line = crate::lab::one_error(
         running.wait(),

@@ -140,7 +140,9 @@ fn a_vm_that_has_no_room_for_its_record_does_not_start() {
 /// The host's disk fills while the VM runs: the VM waits, says why, and goes on without a loss.
 #[test]
 fn a_vm_waits_while_the_host_has_no_space_for_its_disk() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(lab) = Lab::of_qemu("stops a VM whose disk the host has no space for") else {
+        return;
+    };
     let Some(disk) = SmallDisk::mount(&lab, "small", "96m") else {
         return;
     };

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::base::IMAGE;
 use crate::lab::{Lab, is_root, one_error};
-use crate::process::{self, LIMIT, Output, Running};
+use crate::process::{self, Output, Running, limit};
 use crate::snapshot::change_manifest;
 
 /// Little memory and disk, so that many fit.
@@ -58,8 +58,8 @@ fn names(directory: &Path) -> Vec<String> {
 }
 
 /// Waits until a file is there, which comes and goes.
-fn wait_for(what: &str, is_there: impl Fn() -> bool) {
-    let deadline = Instant::now() + LIMIT;
+pub(crate) fn wait_for(what: &str, is_there: impl Fn() -> bool) {
+    let deadline = Instant::now() + limit();
     while !is_there() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
         std::thread::yield_now();
@@ -151,12 +151,24 @@ fn snapshots_of_another_host_or_a_later_fcvm_are_refused() {
     lab.ok(&["snapshot", "create", "source", "--tag", "kept"]);
     let folder = lab.data.join("snapshots/kept");
     let original = fs::read(folder.join("manifest.json")).unwrap();
-    let qemu = |snapshot: &mut Value| {
-        snapshot["fields"]["device_line"]["qemu_version"] =
-            json!({"major": 6, "minor": 0, "micro": 1});
+    let other = |snapshot: &mut Value| {
+        let member = format!("{}_version", lab.hypervisor.name());
+        let version = &mut snapshot["fields"]["device_line"][member];
+        assert!(!version.is_null());
+        *version = json!({"major": 6, "minor": 0, "micro": 1});
     };
+    let title = lab.hypervisor.title();
+    let other_told = format!("made by {title} 6.0.1 and this is {title}");
     let device = |snapshot: &mut Value| {
-        snapshot["fields"]["device_line"]["arguments"][0] = "another-device".into();
+        let line = &mut snapshot["fields"]["device_line"];
+        match lab.hypervisor.is_qemu() {
+            true => line["arguments"][0] = "another-device".into(),
+            false => line["disks"][0][0] = "another-disk".into(),
+        }
+    };
+    let device_told = match lab.hypervisor.is_qemu() {
+        true => "has 'another-device' where this VM has",
+        false => "made with other disks than this VM has",
     };
     let processor = |snapshot: &mut Value| snapshot["fields"]["host_cpu"] = "another one".into();
     let newer = |snapshot: &mut Value| snapshot["fields"]["accelerator"]["kind"] = "later".into();
@@ -165,8 +177,8 @@ fn snapshots_of_another_host_or_a_later_fcvm_are_refused() {
     };
     let root = |snapshot: &mut Value| snapshot["fields"]["spec"]["root_image"] = "/gone".into();
     let changes: [(Change<'_>, &str); 6] = [
-        (&qemu, "made by QEMU 6.0.1 and this is QEMU"),
-        (&device, "has 'another-device' where this VM has"),
+        (&other, &other_told),
+        (&device, device_told),
         (&processor, "was made on another processor (another one)"),
         (&newer, "that this fcvm does not know"),
         (&root, "the root image of snapshot 'kept' is gone"),
@@ -240,9 +252,7 @@ fn a_source_that_dies_meanwhile_leaves_no_orphan_and_no_half_snapshot() {
     ] {
         source(&lab);
         let owner = pid(&lab.wait_for_state("source", "running"));
-        let [qemu] = lab.processes_of("qemu-system")[..] else {
-            panic!("{:?}", lab.processes())
-        };
+        let hypervisor = lab.the_hypervisor();
         let command = match stage {
             "clone" => {
                 let command = lab.start(&["fork", "source", "-n", "3", "--name", "clone"]);
@@ -260,7 +270,8 @@ fn a_source_that_dies_meanwhile_leaves_no_orphan_and_no_half_snapshot() {
                 command
             }
         };
-        kill_process(if victim == "owner" { owner } else { qemu }, Signal::KILL).unwrap();
+        let victims = if victim == "owner" { owner } else { hypervisor };
+        kill_process(victims, Signal::KILL).unwrap();
         settled(
             command.wait(),
             &format!("{stage} whose {victim} was killed"),
@@ -341,10 +352,12 @@ fn settle(lab: &Lab) {
     wait_for("all VMs to run or end", || {
         let records = lab.json(&["ls", "-a", "--format", "json"]);
         // An owner that has not entered its record yet is a process that has no VM.
-        let owners = lab.processes_of("fcvm").len();
+        let processes = lab.processes();
+        let is_owner = |command: &str| command.split(' ').any(|word| word == "owner");
+        let owners = processes.iter().filter(|(_, command)| is_owner(command));
         let records = records.as_array().unwrap();
         let alive = records.iter().filter(|record| record["state"] == "running");
-        records.iter().all(is_settled) && alive.count() == owners
+        records.iter().all(is_settled) && alive.count() == owners.count()
     });
 }
 

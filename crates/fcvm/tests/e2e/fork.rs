@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::base::IMAGE;
 use crate::lab::Lab;
 use crate::network::free_port;
-use crate::process::LIMIT;
+use crate::process::limit;
 
 /// A VM whose container counts, ten times a second, in a file that is in memory only.
 fn counting_vm(lab: &Lab, options: &[&str]) {
@@ -226,7 +226,7 @@ fn what_runs_through_the_source_survives_its_forks() {
     session.stdout.wait_for("got-0\n");
 
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_read_timeout(Some(limit())).unwrap();
     // Some of the passts that are about hear of a connection only when the client speaks.
     stream.write_all(b"\n").unwrap();
     let mut received = vec![0; 64 << 10];
@@ -268,7 +268,9 @@ fn what_runs_through_the_source_survives_its_forks() {
 /// QEMU's own network lives in the process that a fork would leave: the memory is copied.
 #[test]
 fn a_vm_without_passt_is_forked_by_a_copy() {
-    let Some(mut lab) = Lab::new() else { return };
+    let Some(mut lab) = Lab::of_qemu("has a network of its own, without passt") else {
+        return;
+    };
     lab.without_program("passt");
     lab.first_run(&[
         "run",

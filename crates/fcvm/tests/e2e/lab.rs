@@ -16,7 +16,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::base::{Base, base};
-use crate::process::{self, LIMIT, Output, Running};
+use crate::hypervisor::Hypervisor;
+use crate::process::{self, Output, Running, limit};
 
 /// An ordinary user: Debian's `nobody`.
 const NOBODY: u32 = 65_534;
@@ -37,6 +38,10 @@ pub(crate) struct Lab {
     pub(crate) path: Option<OsString>,
     /// `FCVM_DISK_STORE`; `FCVM_TEST_DISK_STORE` says it for all tests.
     pub(crate) disk_store: Option<String>,
+    /// `FCVM_HYPERVISOR` and `FCVM_ACCEL`.
+    pub(crate) hypervisor: Hypervisor,
+    /// `FCVM_FIRECRACKER_BIN`.
+    pub(crate) firecracker: Option<PathBuf>,
     user: Option<u32>,
     marker: u64,
     finished: Cell<bool>,
@@ -67,6 +72,24 @@ impl Lab {
         Some(lab)
     }
 
+    /// The same, for a test of what only QEMU has: `None` where the suite runs under another hypervisor.
+    pub(crate) fn of_qemu(what: &str) -> Option<Self> {
+        if !Hypervisor::of_suite().is_qemu() {
+            println!("skipped: only QEMU {what}");
+            return None;
+        }
+        Self::new()
+    }
+
+    /// The same, for a test of what only Firecracker has.
+    pub(crate) fn of_firecracker(what: &str) -> Option<Self> {
+        if Hypervisor::of_suite().is_qemu() {
+            println!("skipped: only Firecracker {what}");
+            return None;
+        }
+        Self::new()
+    }
+
     /// A lab with the shared kernel and no images.
     pub(crate) fn without_images() -> Option<Self> {
         let base = base()?;
@@ -83,14 +106,25 @@ impl Lab {
         }
         let base = base()?;
         let mut lab = Self::empty(base, Some(NOBODY));
-        // The checkout may be in a home that no other user can enter.
-        for (from, name) in [(&base.program, "fcvm"), (&base.agent, "fc-agent")] {
-            let copy = lab.directory.path().join(name);
-            fs::copy(from, &copy).unwrap();
-            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+        if lab.hypervisor.needs_kvm() && !is_kvm_everybodys() {
+            println!("skipped: only root may open /dev/kvm, or the group kvm");
+            return None;
         }
-        lab.program = lab.directory.path().join("fcvm");
-        lab.agent = lab.directory.path().join("fc-agent");
+        // The checkout may be in a home that no other user can enter.
+        let directory = lab.directory.path().to_owned();
+        for program in [
+            Some(&mut lab.program),
+            Some(&mut lab.agent),
+            lab.firecracker.as_mut(),
+        ]
+        .into_iter()
+        .flatten()
+        {
+            let copy = directory.join(program.file_name().unwrap());
+            fs::copy(&*program, &copy).unwrap();
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+            *program = copy;
+        }
         let data = lab.data.to_str().unwrap();
         for part in ["kernels", "images"] {
             process::must("cp", &["-a", base.data.join(part).to_str().unwrap(), data]);
@@ -124,6 +158,8 @@ impl Lab {
             runtime: path("run"),
             path: None,
             disk_store: std::env::var("FCVM_TEST_DISK_STORE").ok(),
+            hypervisor: Hypervisor::of_suite(),
+            firecracker: Hypervisor::of_suite().program(),
             user,
             // Below the default limit, and no two that run on one machine are likely to be equal.
             marker: (u64::from(std::process::id()) * 131 + COUNT.fetch_add(1, Ordering::Relaxed))
@@ -219,6 +255,12 @@ impl Lab {
         }
         if let Some(store) = &self.disk_store {
             command.env("FCVM_DISK_STORE", store);
+        }
+        command
+            .env("FCVM_HYPERVISOR", self.hypervisor.name())
+            .env("FCVM_ACCEL", self.hypervisor.accelerator());
+        if let Some(firecracker) = &self.firecracker {
+            command.env("FCVM_FIRECRACKER_BIN", firecracker);
         }
         if let Some(user) = self.user {
             command.uid(user).gid(user).current_dir("/");
@@ -337,7 +379,7 @@ impl Lab {
             | inotify::WatchFlags::MOVED_TO
             | inotify::WatchFlags::DELETE;
         inotify::add_watch(&watch, &vms, changes).unwrap();
-        let deadline = std::time::Instant::now() + LIMIT;
+        let deadline = std::time::Instant::now() + limit();
         loop {
             for entry in fs::read_dir(&vms).unwrap().flatten() {
                 // Watched before it is read: what changes in between is not missed. It may be gone.
@@ -417,6 +459,20 @@ impl Lab {
             .collect()
     }
 
+    /// The processes of the lab's hypervisor.
+    pub(crate) fn hypervisors(&self) -> Vec<Pid> {
+        self.processes_of(self.hypervisor.process())
+    }
+
+    /// The process of the only VM.
+    #[track_caller]
+    pub(crate) fn the_hypervisor(&self) -> Pid {
+        let [pid] = self.hypervisors()[..] else {
+            panic!("{:?}", self.processes())
+        };
+        pid
+    }
+
     /// Waits until none of the lab's processes is left; those of a mounted pool may be.
     #[track_caller]
     pub(crate) fn wait_for_no_process(&self) {
@@ -426,7 +482,11 @@ impl Lab {
     /// Files below the data and runtime directories that are neither kernels nor images nor templates
     /// of disks.
     pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
+        // Below it is a directory for each program that is jailed.
+        let jails = self.data.join("jails");
+        let jailed = fs::read_dir(&jails).into_iter().flatten().flatten();
         let kept = [
+            "jails",
             "vms",
             "vms/lock",
             "kernels",
@@ -439,13 +499,14 @@ impl Lab {
         ]
         .map(|name| self.data.join(name));
         let mut found = Vec::new();
-        for directory in [
-            &self.data,
-            &self.data.join("vms"),
-            &self.data.join("snapshots"),
-            &self.runtime,
-            &self.directory.path().join("tmp"),
-        ] {
+        let searched = [
+            self.data.clone(),
+            self.data.join("vms"),
+            self.data.join("snapshots"),
+            self.runtime.clone(),
+            self.directory.path().join("tmp"),
+        ];
+        for directory in searched.into_iter().chain(jailed.map(|entry| entry.path())) {
             let entries = fs::read_dir(directory)
                 .into_iter()
                 .flatten()
@@ -525,6 +586,11 @@ pub(crate) fn one_error(output: Output, code: i32, what: &str) -> String {
         "{what}: no clear error with code {code}: {output:?}"
     );
     line.to_owned()
+}
+
+/// Any user may open `/dev/kvm`.
+pub(crate) fn is_kvm_everybodys() -> bool {
+    fs::metadata("/dev/kvm").is_ok_and(|data| data.permissions().mode() & 0o6 == 0o6)
 }
 
 /// The suite runs as root.

@@ -82,7 +82,7 @@ fn a_detached_vm_is_listed_inspected_stopped_and_removed() {
     assert_eq!(row["id"], id.as_str());
     assert_eq!(row["name"], "web");
     assert_eq!(row["state"], "running");
-    assert_eq!(row["hypervisor"], "qemu");
+    assert_eq!(row["hypervisor"], lab.hypervisor.name());
     assert!(
         row["accelerator"] == "tcg" || row["accelerator"] == "kvm",
         "{row:?}"

@@ -2,11 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use crate::base::{IMAGE, find};
 use crate::lab::{Lab, is_root};
-use crate::process::LIMIT;
+use crate::process::limit;
 
 /// A port of the host that was free a moment ago.
 pub(crate) fn free_port() -> u16 {
@@ -25,10 +26,54 @@ fn host_address() -> Option<IpAddr> {
     (!address.is_loopback() && !address.is_unspecified()).then_some(address)
 }
 
+/// A web server on the host's own address.
+pub(crate) struct HostService {
+    pub(crate) url: String,
+    requests: mpsc::Receiver<String>,
+}
+
+impl HostService {
+    /// `None` where a guest cannot get at one; it is told why.
+    pub(crate) fn start() -> Option<Self> {
+        let Some(address) = host_address() else {
+            println!("skipped: the host has no address but its loopback");
+            return None;
+        };
+        if find("passt").is_none() {
+            println!("skipped: passt is not installed");
+            return None;
+        }
+        let server = TcpListener::bind((address, 0)).unwrap();
+        let port = server.local_addr().unwrap().port();
+        let (heard, requests) = mpsc::channel();
+        std::thread::spawn(move || {
+            while let Ok((stream, _)) = server.accept() {
+                if let Ok(request) = Self::answer(stream) {
+                    let _ = heard.send(request);
+                }
+            }
+        });
+        let url = format!("http://{address}:{port}/from-inside");
+        Some(Self { url, requests })
+    }
+
+    fn answer(mut stream: TcpStream) -> std::io::Result<String> {
+        let mut request = Vec::new();
+        // A client that closes its side early would meet a passt before 2024 that forgets the rest.
+        while !request.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte)?;
+            request.extend(byte);
+        }
+        stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom the host\n")?;
+        Ok(String::from_utf8_lossy(&request).into_owned())
+    }
+}
+
 /// What a web server says.
 fn get(port: u16) -> String {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_read_timeout(Some(limit())).unwrap();
     stream
         .write_all(b"GET /index.html HTTP/1.0\r\n\r\n")
         .unwrap();
@@ -45,7 +90,7 @@ fn echo(port: u16) -> Vec<u8> {
     socket
         .set_read_timeout(Some(Duration::from_secs(2)))
         .unwrap();
-    let deadline = std::time::Instant::now() + LIMIT;
+    let deadline = std::time::Instant::now() + limit();
     let mut answer = [0; 100];
     loop {
         socket.send(b"datagram").unwrap();
@@ -137,7 +182,9 @@ fn ports_are_published_through_passt() {
 
 #[test]
 fn ports_are_published_without_passt() {
-    let Some(mut lab) = Lab::new() else { return };
+    let Some(mut lab) = Lab::of_qemu("has a network of its own, without passt") else {
+        return;
+    };
     lab.without_program("passt");
     let output = lab.fcvm(&["run", "--rm", IMAGE, "cat", "/etc/resolv.conf"]);
     assert_eq!(output.code, 0, "{output:?}");
@@ -153,37 +200,16 @@ fn ports_are_published_without_passt() {
 #[test]
 fn the_guest_reaches_the_hosts_network_and_not_its_loopback() {
     let Some(lab) = Lab::new() else { return };
-    let Some(address) = host_address() else {
-        println!("skipped: the host has no address but its loopback");
+    let Some(service) = HostService::start() else {
         return;
     };
-    if find("passt").is_none() {
-        println!("skipped: passt is not installed");
-        return;
-    }
-    let server = TcpListener::bind((address, 0)).unwrap();
-    let port = server.local_addr().unwrap().port();
-    let served = std::thread::spawn(move || {
-        let (mut stream, _) = server.accept().unwrap();
-        let mut request = Vec::new();
-        // A client that closes its side early would meet a passt before 2024 that forgets the rest.
-        while !request.ends_with(b"\r\n\r\n") {
-            let mut byte = [0];
-            stream.read_exact(&mut byte).unwrap();
-            request.extend(byte);
-        }
-        stream
-            .write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom the host\n")
-            .unwrap();
-        String::from_utf8(request).unwrap()
-    });
     lab.idle_vm("box", &[]);
-    let url = format!("http://{address}:{port}/from-inside");
     assert_eq!(
-        lab.ok(&["exec", "box", "wget", "-q", "-O", "-", &url]),
+        lab.ok(&["exec", "box", "wget", "-q", "-O", "-", &service.url]),
         "from the host\n"
     );
-    assert!(served.join().unwrap().starts_with("GET /from-inside "));
+    let request = service.requests.recv().unwrap();
+    assert!(request.starts_with("GET /from-inside "), "{request}");
 
     let inner = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = inner.local_addr().unwrap().port();

@@ -164,3 +164,20 @@ fn another_users_data_directory_is_refused() {
     lab.data = own;
     lab.finish();
 }
+
+#[test]
+fn an_ordinary_users_clones_have_networks_of_their_own() {
+    let Some(lab) = Lab::ordinary() else { return };
+    let Some(service) = crate::network::HostService::start() else {
+        return;
+    };
+    let ask = ["wget", "-q", "-O", "-", &service.url];
+    lab.idle_vm("source", &[]);
+    lab.ok(&["fork", "source", "--name", "clone"]);
+    for vm in ["clone", "source"] {
+        let said = lab.ok(&[&["exec", vm], &ask[..]].concat());
+        assert_eq!(said, "from the host\n");
+    }
+    lab.ok(&["rm", "-f", "-a"]);
+    lab.finish();
+}

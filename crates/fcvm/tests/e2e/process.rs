@@ -10,8 +10,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// How long a test waits for anything that has to happen. Far more than it takes: this only turns a
-/// hang into a failure that says what was waited for.
-pub(crate) const LIMIT: Duration = Duration::from_secs(240);
+/// hang into a failure that says what was waited for. `FCVM_TEST_LIMIT` has the seconds for a host that is slow.
+pub(crate) fn limit() -> Duration {
+    const USUAL: Duration = Duration::from_secs(240);
+    std::env::var("FCVM_TEST_LIMIT").map_or(USUAL, |seconds| {
+        let seconds = seconds.parse();
+        Duration::from_secs(seconds.expect("FCVM_TEST_LIMIT is a number of seconds"))
+    })
+}
 
 /// How a program ended, and what it wrote.
 #[derive(Debug)]
@@ -65,7 +71,7 @@ impl Collected {
     fn wait(&self, what: &str, mut done: impl FnMut(&State) -> bool) -> Vec<u8> {
         let (state, changed) = &*self.0;
         let (state, wait) = changed
-            .wait_timeout_while(state.lock().unwrap(), LIMIT, |state| !done(state))
+            .wait_timeout_while(state.lock().unwrap(), limit(), |state| !done(state))
             .unwrap();
         let tail = &state.bytes[state.bytes.len().saturating_sub(4000)..];
         assert!(
@@ -246,7 +252,7 @@ pub(crate) fn wait_gone(pid: Pid) -> bool {
     let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {
         return true;
     };
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + limit();
     loop {
         let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).unwrap();
         match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&left)) {

@@ -310,7 +310,7 @@ fn a_snapshot_whose_command_is_killed_is_not_there() {
                 })
         };
         let file = ["", "state.bin", "memory.pages", "disk-0"][round];
-        let deadline = std::time::Instant::now() + crate::process::LIMIT;
+        let deadline = std::time::Instant::now() + crate::process::limit();
         while !is_there(file)
             && std::time::Instant::now() < deadline
             && !snapshots.join("never").exists()

@@ -70,10 +70,7 @@ fn a_terminal_is_restored_when_the_start_fails_or_the_vm_is_lost() {
 
     let mut terminal = Terminal::start(&lab, 24, 80, &["run", "-it", "--rm", IMAGE, "sh"]);
     terminal.output.wait_for("# ");
-    let [qemu] = lab.processes_of("qemu-system")[..] else {
-        panic!("{:?}", lab.processes())
-    };
-    rustix::process::kill_process(qemu, rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(lab.the_hypervisor(), rustix::process::Signal::KILL).unwrap();
     assert_eq!(terminal.wait(), 125);
     assert!(terminal.is_cooked(), "the terminal was left in raw mode");
     lab.finish();

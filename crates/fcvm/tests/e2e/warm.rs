@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::base::IMAGE;
 use crate::lab::Lab;
 use crate::network::free_port;
-use crate::process::LIMIT;
+use crate::process::limit;
 
 /// Starts at once, is of use a little later, and ends when it is told to.
 const SERVICE: &str = "trap 'exit 0' TERM; echo starting; sleep 0.3; echo up > /dev/shm/up; \
@@ -119,11 +119,11 @@ fn the_second_run_continues_from_the_started_state_of_the_first() {
 
 /// What the service says. It may not listen yet: its state was kept when its data was there.
 fn ask(port: u16) -> String {
-    let deadline = std::time::Instant::now() + LIMIT;
+    let deadline = std::time::Instant::now() + limit();
     let mut answer = String::new();
     while answer.is_empty() && std::time::Instant::now() < deadline {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.set_read_timeout(Some(limit())).unwrap();
         // A guest that does not listen ends the connection, in whichever step.
         let _ = stream
             .write_all(b"\n")
@@ -170,16 +170,18 @@ fn a_cache_that_cannot_be_used_is_replaced() {
     let tag = prepare(&lab, &[])["tag"].as_str().unwrap().to_owned();
     let folder = lab.data.join("snapshots").join(&tag);
     let id = || lab.json(&["snapshot", "inspect", "--verify", &tag])[0]["id"].to_string();
+    let other = format!("made by {} 1.2.3", lab.hypervisor.title());
     for (what, expected) in [
         ("memory.pages", "damaged"),
         ("state.bin", "checksum"),
-        ("qemu", "made by QEMU 1.2.3"),
+        ("hypervisor", other.as_str()),
         ("container", "another container"),
     ] {
         let before = id();
         match what {
-            "qemu" => crate::snapshot::change_manifest(&folder, |snapshot| {
-                let version = &mut snapshot["fields"]["device_line"]["qemu_version"];
+            "hypervisor" => crate::snapshot::change_manifest(&folder, |snapshot| {
+                let member = format!("{}_version", lab.hypervisor.name());
+                let version = &mut snapshot["fields"]["device_line"][member];
                 *version = serde_json::json!({"major": 1, "minor": 2, "micro": 3});
             }),
             "container" => crate::snapshot::change_manifest(&folder, |snapshot| {

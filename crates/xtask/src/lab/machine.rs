@@ -15,8 +15,8 @@ const PROCESSOR: &str = "EPYC,+svm,+npt,-nrip-save,-rdseed,-sha-ni,-fxsr-opt,-mi
                          -3dnowprefetch,-osvw,-topoext,-xsavec";
 /// Memory of the lab, MiB: what is written in it, and the guests.
 const MEMORY_MIB: u32 = 6000;
-/// Longest run, for timeout(1). It takes a few minutes on an idle machine.
-const LIMIT: &str = "40m";
+/// Longest run, for timeout(1).
+const LIMIT: &str = "2h";
 /// Most bytes of the console that are shown where the lab gives no status.
 const CONSOLE_BYTES: usize = 4000;
 
@@ -26,19 +26,19 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// Lays the script in. The script sees the paths by the names of `environment`.
+    /// Lays the script in, which sees `environment`.
     pub(crate) fn new(
         lab: &Path,
         kernel: &LabKernel,
         script: &str,
-        environment: &[(String, PathBuf)],
+        environment: &[(String, String)],
     ) -> anyhow::Result<Self> {
         let directory = lab.join("job");
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory)?;
-        let mut lines = format!("LAB_MODULES={}\n", quoted(&kernel.modules)?);
-        for (name, path) in environment {
-            lines.push_str(&format!("export {name}={}\n", quoted(path)?));
+        let mut lines = format!("LAB_MODULES={}\n", quoted(&absolute(&kernel.modules)?));
+        for (name, value) in environment {
+            lines.push_str(&format!("export {name}={}\n", quoted(value)));
         }
         fs::write(directory.join("environment"), lines)?;
         fs::write(directory.join("begin"), BEGIN)?;
@@ -107,11 +107,14 @@ fn tail(path: &Path) -> String {
     String::from_utf8_lossy(&bytes[start..]).into_owned()
 }
 
-/// A path as a word of the shell.
-fn quoted(path: &Path) -> anyhow::Result<String> {
+/// A path from the root on.
+pub(super) fn absolute(path: &Path) -> anyhow::Result<String> {
     let path = std::path::absolute(path)?;
-    let text = path
-        .to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))?;
-    Ok(format!("'{}'", text.replace('\'', "'\\''")))
+    let text = path.to_str().map(str::to_owned);
+    text.with_context(|| format!("{} is not UTF-8", path.display()))
+}
+
+/// A text as a word of the shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
 }

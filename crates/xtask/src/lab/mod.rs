@@ -1,5 +1,5 @@
-//! `cargo xtask lab-test`: the end-to-end checks of `lab/e2e` where KVM runs guests, on a machine that has
-//! no KVM.
+//! `cargo xtask lab-test`: the end-to-end suite where KVM runs guests, on a machine that has no KVM; which
+//! tests of it and how is in `lab/e2e`.
 //!
 //! QEMU emulates a processor with AMD's virtualisation (SVM) and Linux's own KVM runs on it: the lab. The
 //! host's files are there as the host has them, below a file system in memory that takes all changes, so
@@ -28,9 +28,11 @@ const PROGRAMS: [&str; 5] = [
 ];
 /// The checks.
 const CHECKS: &str = include_str!("../../lab/e2e");
+/// Chooses tests of the suite in place of the usual ones.
+const TESTS: &str = "LAB_TESTS";
 
-/// What the script sees: names and paths.
-type Environment = Vec<(String, PathBuf)>;
+/// What the script sees: names and values.
+type Environment = Vec<(String, String)>;
 
 /// Runs the checks in the lab, or says why not.
 pub(crate) fn test(target: &Path) -> anyhow::Result<()> {
@@ -51,10 +53,10 @@ fn prepare(target: &Path) -> anyhow::Result<Result<(LabKernel, Environment), Str
     if let Some(program) = PROGRAMS.iter().find(|name| find(name).is_none()) {
         return Ok(Err(format!("{program} is not installed")));
     }
+    let kernel = target.join("test-data/kernels/current");
     let parts = [
-        ("FCVM", target.join("debug/fcvm")),
         ("FCVM_AGENT_BIN", target.join("agent/fc-agent")),
-        ("LAB_KERNELS", target.join("test-data/kernels")),
+        ("FCVM_TEST_KERNEL_DIR", kernel),
     ];
     for (_, path) in &parts {
         if !path.exists() {
@@ -69,11 +71,23 @@ fn prepare(target: &Path) -> anyhow::Result<Result<(LabKernel, Environment), Str
         Ok(kernel) => kernel,
         Err(missing) => return Ok(Err(missing)),
     };
-    let mut environment: Vec<_> = parts.map(|(name, path)| (name.to_owned(), path)).into();
-    environment.push(("LAB_DRIVER_TEST".to_owned(), driver_test()?));
     let named = std::env::var_os("FCVM_FIRECRACKER_BIN").map(PathBuf::from);
-    if let Some(firecracker) = named.or_else(|| find("firecracker")) {
-        environment.push(("FCVM_FIRECRACKER_BIN".to_owned(), firecracker));
+    let firecracker = named.or_else(|| find("firecracker"));
+    let programs = [
+        (
+            "LAB_DRIVER_TEST",
+            test_program("fcvm-hypervisor", "firecracker")?,
+        ),
+        ("LAB_SUITE", test_program("fcvm", "e2e")?),
+        ("RUSTC", rustc()?),
+    ];
+    let firecracker = firecracker.map(|path| ("FCVM_FIRECRACKER_BIN", path));
+    let mut environment = Environment::new();
+    for (name, path) in parts.into_iter().chain(programs).chain(firecracker) {
+        environment.push((name.to_owned(), machine::absolute(&path)?));
+    }
+    if let Ok(tests) = std::env::var(TESTS) {
+        environment.push((TESTS.to_owned(), tests));
     }
     Ok(Ok((kernel, environment)))
 }
@@ -82,7 +96,7 @@ fn run(
     target: &Path,
     kernel: &LabKernel,
     script: &str,
-    environment: &[(String, PathBuf)],
+    environment: &[(String, String)],
 ) -> anyhow::Result<()> {
     let job = Job::new(&target.join("lab"), kernel, script, environment)?;
     match job.run(kernel)? {
@@ -91,22 +105,32 @@ fn run(
     }
 }
 
-/// The program of the driver's tests, some of which need the real one.
-fn driver_test() -> anyhow::Result<PathBuf> {
+/// The program of a package's tests.
+fn test_program(package: &str, test: &str) -> anyhow::Result<PathBuf> {
     let output = Command::new(env!("CARGO"))
-        .args(["test", "--locked", "--no-run", "-p", "fcvm-hypervisor"])
-        .args(["--test", "firecracker", "--message-format", "json"])
+        .args(["test", "--locked", "--no-run", "-p", package])
+        .args(["--test", test, "--message-format", "json"])
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;
     Message::parse_stream(output.stdout.as_slice())
         .filter_map(Result::ok)
         .find_map(|message| match message {
-            Message::CompilerArtifact(artifact) => artifact.executable,
+            Message::CompilerArtifact(artifact) if artifact.target.is_test() => artifact.executable,
             _ => None,
         })
         .map(PathBuf::from)
-        .context("the driver's tests cannot be built")
+        .with_context(|| format!("the tests '{test}' of {package} cannot be built"))
+}
+
+/// The compiler itself: what stands for it in PATH may look for its toolchain elsewhere in the lab.
+fn rustc() -> anyhow::Result<PathBuf> {
+    let output = Command::new("rustc")
+        .args(["--print", "sysroot"])
+        .output()
+        .context("cannot run rustc")?;
+    let sysroot = String::from_utf8(output.stdout).context("rustc's directory is not UTF-8")?;
+    Ok(Path::new(sysroot.trim()).join("bin/rustc"))
 }
 
 /// A program of the search path.

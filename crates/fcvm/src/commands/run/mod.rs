@@ -152,6 +152,7 @@ pub(super) async fn make_spec(
         .as_deref()
         .or(config.stop_signal.as_deref())
         .unwrap_or("TERM");
+    let hosts = arguments.add_host.iter().map(|text| parse_host(text));
     Ok(VmSpec {
         hostname: hostname.clone(),
         image: image::shown_name(&image, &arguments.start.image),
@@ -163,11 +164,7 @@ pub(super) async fn make_spec(
         process: process::plan(config, arguments, &hostname)?,
         read_only: arguments.start.read_only,
         privileged: arguments.start.privileged,
-        extra_hosts: arguments
-            .add_host
-            .iter()
-            .map(|text| parse_host(text))
-            .collect::<anyhow::Result<_>>()?,
+        extra_hosts: hosts.collect::<anyhow::Result<_>>()?,
         cpu_count: arguments.start.cpus,
         memory_bytes: arguments.start.memory.mib_rounded_up() << 20,
         disk_bytes: arguments.start.disk_size.mib_rounded_up() << 20,
