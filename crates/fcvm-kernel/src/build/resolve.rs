@@ -77,10 +77,8 @@ pub fn resolve(source: &Source, profile: &Profile, output: &Path, make: &Make) -
     command
         .arg(format!("KCONFIG_ALLCONFIG={}", wanted.display()))
         .arg("allnoconfig");
+    // Its result is complete: olddefconfig, which building begins with, changes nothing of it, or the build fails.
     fetch_output("configuring the kernel (make allnoconfig)", &mut command)?;
-    let mut command = make.command(source, output);
-    command.arg("olddefconfig");
-    fetch_output("configuring the kernel (make olddefconfig)", &mut command)?;
     let text = read_config(&output.join(".config"))?;
     let values = parse_config(&text);
     let warnings = warnings(&requests);
