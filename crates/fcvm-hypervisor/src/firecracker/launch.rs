@@ -1,6 +1,7 @@
 //! Starting Firecracker, watching it, ending it.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -16,13 +17,15 @@ use super::configuration::{
     Action, BootSource, DeviceLine, Drive, Entropy, MachineConfiguration, NetworkInterface, VSOCK,
     VmState, kernel_arguments,
 };
+use super::jail::Jail;
 use super::metrics::{Counters, METRICS_NAME, Metrics, MetricsReader};
 use super::place::Place;
 use super::{Firecracker, NAME};
 use crate::check::{check_file, check_hardware, setup_failed};
 use crate::error::HypervisorError;
 use crate::spec::{
-    Accelerator, BootSpec, HardwareSpec, LaunchSpec, MemoryMapping, NetworkBackend, NetworkSpec,
+    Accelerator, BootSpec, DiskSpec, HardwareSpec, LaunchSpec, MemoryMapping, NetworkBackend,
+    NetworkSpec,
 };
 use crate::version::Version;
 use crate::vm::{AgentChannel, ExitCause, VmEvent, VmExit};
@@ -99,25 +102,11 @@ impl Firecracker {
         let state = place
             .add_state(&mut command, STATE_NAME)
             .map_err(setup_failed("a file for the device state"))?;
-        let mut files = Vec::new();
-        let mut memory = None;
-        if spec.memory.mapping() == MemoryMapping::CopyOnWrite {
-            // One that boots has memory of its own.
-            memory = Some(File::from(OwnedFd::from(spec.memory)));
-        }
-        if let Some(memory) = memory.take_if(|_| self.jail().is_none()) {
-            files.push((MEMORY_NAME.to_owned(), memory, true));
-        }
-        for (index, mut disk) in spec.disks.into_iter().enumerate() {
-            if let Some(layer) = disk.layers.pop() {
-                files.push((format!("disk{index}"), layer.file, disk.read_only));
-            }
-        }
-        for (name, file, read_only) in files {
-            place
-                .add(&mut command, file, read_only, &name)
-                .map_err(setup_failed("the files"))?;
-        }
+        // One that boots has memory of its own.
+        let memory = (spec.memory.mapping() == MemoryMapping::CopyOnWrite)
+            .then(|| File::from(OwnedFd::from(spec.memory)));
+        let memory = add_files(&mut place, &mut command, memory, spec.disks, self.jail())
+            .map_err(setup_failed("the files"))?;
         let metrics = place
             .add_metrics()
             .map_err(setup_failed("the pipe for its counters"))?;
@@ -238,6 +227,26 @@ impl Firecracker {
             reason: exit.to_string(),
         })
     }
+}
+
+/// Makes memory and disks reachable; gives the memory back where a jail is to have it later.
+fn add_files(
+    place: &mut Place,
+    command: &mut HelperCommand,
+    mut memory: Option<File>,
+    disks: Vec<DiskSpec>,
+    jail: Option<&Jail>,
+) -> io::Result<Option<File>> {
+    if let Some(memory) = memory.take_if(|_| jail.is_none()) {
+        place.add(command, memory, true, MEMORY_NAME)?;
+    }
+    for (index, mut disk) in disks.into_iter().enumerate() {
+        if let Some(layer) = disk.layers.pop() {
+            let name = format!("disk{index}");
+            place.add(command, layer.file, disk.read_only, &name)?;
+        }
+    }
+    Ok(memory)
 }
 
 /// Namespaces of a process that is being started.
