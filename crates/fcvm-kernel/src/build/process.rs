@@ -86,10 +86,15 @@ pub(crate) fn first_error(text: &str) -> String {
         "cannot find",
     ];
     let is_makes_own = |line: &str| line.starts_with("make") && line.contains("***");
+    // `7 | int x = y;`: a compiler shows the line that it speaks of.
+    let is_quoted = |line: &str| {
+        let rest = line.trim_start_matches(|c: char| c.is_ascii_digit());
+        rest.trim_start().starts_with('|')
+    };
     let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
     let found = lines()
-        // A compiler's warning may quote anything.
-        .filter(|line| !line.contains("warning:") && !is_makes_own(line))
+        // A compiler's warning may say anything.
+        .filter(|line| !line.contains("warning:") && !is_makes_own(line) && !is_quoted(line))
         .find(|line| SIGNS.iter().any(|sign| line.contains(sign)))
         .or_else(|| lines().find(|line| is_makes_own(line)))
         .or_else(|| lines().next_back())
@@ -198,6 +203,7 @@ mod tests {
     fn the_first_real_error_is_told_not_makes_echo() {
         let log = "  CC      fs/a.o\n\
                    fs/a.c:3:1: warning: error: is a word in a warning\n\
+                   \x20   3 | #warning error: is a word in a warning\n\
                    fs/a.c:7:5: error: 'x' undeclared\n\
                    make[3]: *** [scripts/Makefile.build:250: fs/a.o] Error 1\n\
                    make: *** [Makefile:1] Error 2\n";
