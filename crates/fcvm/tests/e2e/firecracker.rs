@@ -200,6 +200,18 @@ fn a_jailed_vm_has_little_and_leaves_nothing() {
         mounts.collect::<Vec<_>>(),
         expected[..1 + usize::from(pool.is_dir())]
     );
+    let store = &lab.json(&["inspect", "jailed"])[0]["disk_store"];
+    assert_eq!(store["method"] == "pool", pool.is_dir(), "{store}");
+    assert_eq!(
+        store["reason"].is_string(),
+        lab.disk_store.is_none(),
+        "{store}"
+    );
+    // It had a name there for that alone.
+    let names = fs::read_dir(pool.join("disks")).into_iter().flatten();
+    let names = names.map(|entry| entry.unwrap().file_name());
+    let left = names.filter(|name| name.to_string_lossy().starts_with("jail-"));
+    assert_eq!(left.count(), 0);
 
     lab.sh("jailed", "echo kept > /root/file; sync");
     lab.ok(&["fork", "jailed", "--name", "clone"]);

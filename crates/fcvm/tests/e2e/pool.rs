@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 use crate::base::IMAGE;
 use crate::lab::Lab;
@@ -69,6 +70,10 @@ fn disks_are_cloned_in_the_pool_and_survive_its_server() {
     );
     let written = lab.sh("source", "md5sum < /root/data");
     lab.ok(&["fork", "source", "-n", "2"]);
+    for vm in ["source", "source-1"] {
+        let store = &lab.json(&["inspect", vm])[0]["disk_store"];
+        assert_eq!(store, &json!({ "method": "pool", "reason": null }));
+    }
     for vm in ["source", "source-1", "source-2"] {
         lab.sh(vm, &format!("echo {vm} > /root/name; sync"));
     }
