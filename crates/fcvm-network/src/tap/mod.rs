@@ -12,6 +12,8 @@
 //! What a process writes to a tap device arrives at the kernel, not at another process: so there is a
 //! second one, and a bridge without addresses between the two. From the owner's end of the second one
 //! on, frames go the way that QEMU's go, so that published ports, name servers and the rest are the same.
+//! What the bridge says of itself (Linux's joins a multicast group) ends at the pump: passt takes the sender
+//! of the last frame for the guest, and a guest that is silent, as a clone may be for ever, does not correct it.
 //!
 //! A child process (`namespace.rs`) makes the namespaces, which a process of several threads cannot;
 //! its system calls are in `raw.rs`. `pump.rs` moves the frames.
@@ -40,6 +42,8 @@ const HYPERVISOR_TAP: &str = "fcvm0";
 /// The owner's.
 const OWN_TAP: &str = "fcvm1";
 const BRIDGE: &str = "fcvmbr";
+/// Address of the bridge and of the owner's device, by which frames of their own are known.
+const BRIDGE_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0xfc, 0x00, 0x01];
 /// Largest packet: a frame's 65,535 bytes without its header, in words of 32 bits, as passt has it.
 const MTU: u16 = 65_520;
 /// How long the child may take. It takes 20 ms on an idle host.

@@ -15,7 +15,7 @@ use rustix::process::{getegid, geteuid};
 use rustix::thread::UnshareFlags;
 use tokio::io::unix::AsyncFd;
 
-use super::{BRIDGE, HYPERVISOR_TAP, MTU, OWN_TAP, raw};
+use super::{BRIDGE, BRIDGE_MAC, HYPERVISOR_TAP, MTU, OWN_TAP, raw};
 use crate::error::NetworkError;
 
 /// Where tap devices come from.
@@ -154,6 +154,9 @@ fn build() -> Result<(Vec<OwnedFd>, OwnedFd), (Stage, Errno)> {
     raw::make_persistent(&other).at(Stage::Tap)?;
     let socket = raw::device_socket().at(Stage::Bridge)?;
     raw::make_bridge(&socket, BRIDGE).at(Stage::Bridge)?;
+    for own in [BRIDGE, OWN_TAP] {
+        raw::set_address(&socket, own, BRIDGE_MAC).at(Stage::Bridge)?;
+    }
     for port in [OWN_TAP, HYPERVISOR_TAP] {
         raw::set_mtu(&socket, port, MTU).at(Stage::Tap)?;
         raw::add_to_bridge(&socket, BRIDGE, port).at(Stage::Bridge)?;

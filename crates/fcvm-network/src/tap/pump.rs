@@ -3,12 +3,13 @@
 //!
 //! A tap device gives and takes one frame with each call, behind a header that says what is left to do
 //! for it: the sum of a packet, and cutting it to size. Sums are completed here. Nothing is cut: what is
-//! behind the relay takes packets as large as a frame can be. A network may lose frames, so what a
+//! behind the relay takes packets as large as a frame can be. Frames of the bridge's own are left out. A network may lose frames, so what a
 //! device does not take is dropped; what the relay does not take waits in the device, up to the length
 //! of its queue.
 
 use std::io::{IoSlice, Write};
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
@@ -16,12 +17,15 @@ use std::thread::JoinHandle;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
+use super::BRIDGE_MAC;
 use crate::relay::{FRAME_BYTES_MAX, FrameBuffer, LENGTH_BYTES};
 
 /// `struct virtio_net_hdr`: flags, kind and size of segments, `csum_start` at 6 and `csum_offset` at 8.
 const HEADER_BYTES: usize = 10;
 /// In `flags`: the sum is that of the addresses alone.
 const NEEDS_CSUM: u8 = 1;
+/// Where a frame says whom it is from.
+const SENDER: Range<usize> = 6..12;
 /// What is gathered before it is sent.
 const BATCH_BYTES: usize = 128 << 10;
 const STACK_BYTES: usize = 256 << 10;
@@ -136,6 +140,9 @@ impl Work {
             let Some(frame) = complete(&mut self.packet[..count]) else {
                 continue;
             };
+            if frame.get(SENDER) == Some(&BRIDGE_MAC) {
+                continue;
+            }
             let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
             self.up.extend(length.to_be_bytes());
             self.up.extend_from_slice(frame);

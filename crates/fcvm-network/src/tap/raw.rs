@@ -86,6 +86,19 @@ pub(super) fn add_to_bridge(socket: &OwnedFd, bridge: &str, port: &str) -> Resul
     change::<SIOCBRADDIF>(socket, &mut request)
 }
 
+pub(super) fn set_address(socket: &OwnedFd, name: &str, address: [u8; 6]) -> Result<(), Errno> {
+    let mut bytes = [0; 14];
+    for (to, from) in bytes.iter_mut().zip(address) {
+        *to = from as libc::c_char;
+    }
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_hwaddr = libc::sockaddr {
+        sa_family: libc::ARPHRD_ETHER,
+        sa_data: bytes,
+    };
+    change::<{ libc::SIOCSIFHWADDR as Opcode }>(socket, &mut request)
+}
+
 pub(super) fn set_mtu(socket: &OwnedFd, name: &str, mtu: u16) -> Result<(), Errno> {
     let mut request = request(name)?;
     request.ifr_ifru.ifru_mtu = mtu.into();

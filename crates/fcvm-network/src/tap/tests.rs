@@ -2,15 +2,16 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::UdpSocket;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::sockopt;
 
-use super::{HYPERVISOR_TAP, make_tap, raw};
+use super::{BRIDGE, BRIDGE_MAC, HYPERVISOR_TAP, make_tap, raw};
+use crate::attach::GUEST_MAC;
 use crate::{
     Attachment, Backend, Card, HostResolver, HostRoutes, NetworkError, NetworkMode, NetworkOptions,
     attach, find_passt,
@@ -38,8 +39,8 @@ fn card() -> Card {
     Card::Tap { maker }
 }
 
-/// A network with a tap device, the hypervisor's end of that, and its namespace's name; says why it is skipped without one.
-async fn attached(ports: &[String]) -> Option<(Attachment, File, PathBuf)> {
+/// A network with a tap device, the hypervisor's end of that, and its namespace; says why it is skipped without one.
+async fn attached(ports: &[String]) -> Option<(Attachment, File, OwnedFd)> {
     if !rustix::process::geteuid().is_root() {
         println!("skipped: only root can enter the device's namespace with one thread");
         return None;
@@ -67,22 +68,17 @@ async fn attached(ports: &[String]) -> Option<(Attachment, File, PathBuf)> {
         panic!("{:?}", attachment.backend);
     };
     assert_eq!(tap.name, HYPERVISOR_TAP);
-    let namespace = std::fs::read_link(format!(
-        "/proc/self/fd/{}",
-        tap.namespaces.last().unwrap().as_raw_fd()
-    ))
-    .unwrap();
-    let device = enter(tap.namespaces);
+    let mut namespaces = tap.namespaces;
+    // Root needs no other than the network's.
+    let namespace = namespaces.pop().unwrap();
+    assert!(namespaces.is_empty());
+    let device = enter(&namespace);
     Some((attachment, device, namespace))
 }
 
-/// Opens the device as a hypervisor does, in a thread that is in its namespace; keeps nothing else of it.
-fn enter(namespaces: Vec<OwnedFd>) -> File {
-    let open = move || {
-        for namespace in namespaces {
-            rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), None)
-                .unwrap();
-        }
+/// Opens the device as a hypervisor does.
+fn enter(namespace: &OwnedFd) -> File {
+    inside(namespace, || {
         let device = File::options()
             .read(true)
             .write(true)
@@ -91,8 +87,16 @@ fn enter(namespaces: Vec<OwnedFd>) -> File {
         raw::make_tap(&device, HYPERVISOR_TAP).unwrap();
         rustix::io::ioctl_fionbio(&device, true).unwrap();
         device
+    })
+}
+
+/// What a thread in the namespace makes.
+fn inside<T: Send>(namespace: &OwnedFd, make: impl FnOnce() -> T + Send) -> T {
+    let make = || {
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), None).unwrap();
+        make()
     };
-    std::thread::spawn(open).join().unwrap()
+    std::thread::scope(|scope| scope.spawn(make).join().unwrap())
 }
 
 /// Waits for what happens to the device.
@@ -122,28 +126,31 @@ fn send(mut device: &File, frame: &[u8]) {
     device.write_all(&[&HEADER[..], frame].concat()).unwrap();
 }
 
+fn is_readable_soon(device: &File) -> bool {
+    let mut fds = [PollFd::new(device, PollFlags::IN)];
+    let soon = Timespec::try_from(Duration::from_millis(20)).unwrap();
+    rustix::event::poll(&mut fds, Some(&soon)).unwrap() == 1
+}
+
 /// Sends until there is an answer: the bridge lets frames through a moment after the device was opened.
 fn wait_for_bridge(device: &File) {
     let question = crate::passt::arp_question();
-    loop {
+    send(device, &question);
+    while !is_readable_soon(device) {
         send(device, &question);
-        let mut fds = [PollFd::new(device, PollFlags::IN)];
-        let short = Timespec::try_from(Duration::from_millis(20)).unwrap();
-        if rustix::event::poll(&mut fds, Some(&short)).unwrap() == 1 {
-            break;
-        }
     }
     frame(device, |frame| frame[12..14] == [8, 6]);
+}
+
+fn free_udp_port() -> u16 {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.local_addr().unwrap().port()
 }
 
 #[tokio::test]
 async fn frames_of_any_size_come_through_both_ways() {
     const PAYLOAD: usize = 60_000;
-    let port = UdpSocket::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = free_udp_port();
     let Some((_attachment, device, _)) = attached(&[format!("127.0.0.1:{port}:7777/udp")]).await
     else {
         return;
@@ -199,6 +206,48 @@ async fn many_frames_at_once_are_all_answered() {
     assert_eq!(counters().frames_dropped, 0);
 }
 
+/// Has the bridge say something of its own, until the guest's side hears it: a report of the multicast
+/// groups that it is in, RFC 3376.
+fn let_bridge_speak(namespace: &OwnedFd, device: &File) -> Vec<u8> {
+    let group = Ipv4Addr::new(239, 1, 2, 3);
+    let (socket, bridge) = inside(namespace, || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        let bridge = rustix::net::netdevice::name_to_index(&socket, BRIDGE).unwrap();
+        (socket, bridge)
+    });
+    loop {
+        let any = Ipv4Addr::UNSPECIFIED;
+        sockopt::set_ip_add_membership_with_ifindex(&socket, &group, &any, bridge).unwrap();
+        if is_readable_soon(device) {
+            return frame(device, |frame| frame[12..14] == [8, 0] && frame[23] == 2);
+        }
+        sockopt::set_ip_drop_membership_with_ifindex(&socket, &group, &any, bridge).unwrap();
+    }
+}
+
+/// A clone's guest may be silent: it asked for passt's address when it was its source.
+#[tokio::test]
+async fn a_guest_that_is_silent_is_reached() {
+    // More than a few, so that passt has seen what came from the bridge.
+    const QUESTIONS: u8 = 20;
+    let port = free_udp_port();
+    let published = format!("127.0.0.1:{port}:7777/udp");
+    let Some((attachment, device, namespace)) = attached(&[published]).await else {
+        return;
+    };
+    let report = let_bridge_speak(&namespace, &device);
+    assert_eq!(report[6..12], BRIDGE_MAC);
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.connect(("127.0.0.1", port)).unwrap();
+    for question in 0..QUESTIONS {
+        client.send(&[b'q', question]).unwrap();
+        let heard = frame(&device, |frame| frame.ends_with(&[b'q', question]));
+        assert_eq!(heard[..6], GUEST_MAC);
+    }
+    let relay = attachment.relay.as_ref().unwrap();
+    assert_eq!(relay.counters().frames_from_guest, 0);
+}
+
 /// The kernel takes a namespace and all in it away with the last descriptor and process.
 #[tokio::test]
 async fn nothing_holds_the_namespace_of_a_network_that_was_dropped() {
@@ -206,15 +255,14 @@ async fn nothing_holds_the_namespace_of_a_network_that_was_dropped() {
         return;
     };
     wait_for_bridge(&device);
+    let held = format!("/proc/self/fd/{}", namespace.as_raw_fd());
+    let name = std::fs::read_link(held).unwrap();
     let helper = attachment.helper.as_ref().unwrap().identity();
-    drop((attachment, device));
+    drop((attachment, device, namespace));
     assert!(!fcvm_process::is_running(helper));
     let held = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
     let links = held.filter_map(|fd| std::fs::read_link(fd.path()).ok());
-    assert!(
-        !links.into_iter().any(|link| link == namespace),
-        "{namespace:?}"
-    );
+    assert!(!links.into_iter().any(|link| link == name), "{name:?}");
 }
 
 #[tokio::test]
