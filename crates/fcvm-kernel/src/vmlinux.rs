@@ -130,16 +130,21 @@ pub struct BootImage<'a> {
 impl BootImage<'_> {
     /// The release (`uname -r`), from the banner inside the kernel; absent where it has none.
     pub fn release(&self) -> Option<String> {
-        const BANNER: &[u8] = b"Linux version ";
-        const RELEASE_MAX_BYTES: usize = 64;
-        let at = memchr::memmem::find(&self.bytes, BANNER)? + BANNER.len();
-        let rest = &self.bytes[at..self.bytes.len().min(at + RELEASE_MAX_BYTES + 1)];
-        let length = rest.iter().position(|byte| *byte == b' ')?;
-        let release = &rest[..length];
-        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._+-~".contains(byte);
-        (release.first().is_some_and(u8::is_ascii_alphanumeric) && release.iter().all(plain))
-            .then(|| String::from_utf8_lossy(release).into_owned())
+        release(&self.bytes)
     }
+}
+
+/// The release (`uname -r`) of an uncompressed kernel, from its banner; absent where it has none.
+pub(crate) fn release(kernel: &[u8]) -> Option<String> {
+    const BANNER: &[u8] = b"Linux version ";
+    const RELEASE_MAX_BYTES: usize = 64;
+    let at = memchr::memmem::find(kernel, BANNER)? + BANNER.len();
+    let rest = &kernel[at..kernel.len().min(at + RELEASE_MAX_BYTES + 1)];
+    let length = rest.iter().position(|byte| *byte == b' ')?;
+    let release = &rest[..length];
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._+-~".contains(byte);
+    (release.first().is_some_and(u8::is_ascii_alphanumeric) && release.iter().all(plain))
+        .then(|| String::from_utf8_lossy(release).into_owned())
 }
 
 /// Finds the bootable kernel in a vmlinux, bzImage, Image, compressed Image or EFI zboot file.

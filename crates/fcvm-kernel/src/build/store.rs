@@ -13,7 +13,7 @@ use super::{BuildError, Directories, Result};
 use crate::KernelError;
 use crate::files;
 use crate::manifest::{Check, GuestKernel, MANIFEST_NAME, StoredFile};
-use crate::vmlinux::{self, Architecture, IMAGE_SIZE_MAX_BYTES};
+use crate::vmlinux::{self, Architecture, IMAGE_SIZE_MAX_BYTES, ImageError};
 
 /// Version of the manifest.
 const VERSION: u32 = 1;
@@ -191,7 +191,7 @@ pub(crate) fn put(
     strip(plan, &vmlinux, &stripped)?;
     let bytes = files::read_bounded(&stripped, IMAGE_SIZE_MAX_BYTES)?;
     files::remove(&stripped)?;
-    let found = vmlinux::extract(&bytes).map_err(|source| KernelError::Image {
+    let release = release(plan.profile.used_for, &bytes).map_err(|source| KernelError::Image {
         path: vmlinux,
         source,
     })?;
@@ -204,9 +204,7 @@ pub(crate) fn put(
         used_for: plan.profile.used_for,
         source: plan.source.spec.to_string(),
         source_id: plan.source.id.clone(),
-        release: found
-            .release()
-            .unwrap_or_else(|| plan.source.release.clone()),
+        release: release.unwrap_or_else(|| plan.source.release.clone()),
         zfs: plan.zfs.as_ref().map(|zfs| BuiltZfs {
             version: zfs.version.clone(),
             package: zfs.id.clone(),
@@ -238,6 +236,15 @@ pub(crate) fn put(
     fs::rename(&kept, &kernel.directory).map_err(BuildError::file("create", &kernel.directory))?;
     files::sync_dir(&directories.built)?;
     Ok(kernel)
+}
+
+/// What an uncompressed kernel says it is. One for guests has to be one that a microVM boots; a host's is started by a
+/// boot loader, from its other form.
+fn release(used_for: Use, kernel: &[u8]) -> std::result::Result<Option<String>, ImageError> {
+    Ok(match used_for {
+        Use::Guest => vmlinux::extract(kernel)?.release(),
+        Use::Host => vmlinux::release(kernel),
+    })
 }
 
 fn symbols(plan: &Plan) -> Vec<BuiltSymbol> {
@@ -377,5 +384,18 @@ fn selected_name(directories: &Directories) -> Result<Option<String>> {
         Ok(text) => Ok(Some(text.trim().to_owned()).filter(|name| is_name(name))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(BuildError::file("read", &path)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hosts_kernel_needs_no_entry_point_of_a_microvm() {
+        let kernel = b"\x7fELF ... Linux version 6.1.192-fcvm-host (fcvm@fcvm) ...";
+        let found = release(Use::Host, kernel).unwrap();
+        assert_eq!(found.as_deref(), Some("6.1.192-fcvm-host"));
+        assert!(release(Use::Guest, kernel).is_err());
     }
 }
