@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | disks, the memory of another | links to inherited descriptors | hard links, a disk of another file system mounted; copies of memory |
 //! | other files | where they are | hard links, copies where a link cannot be |
-//! | sockets of others | where they are | hard links |
+//! | the memory server's socket | where it is | another, whose connection is handed to the server |
 //!
 //! A link needs nothing of what it leads to but the file, so a disk that has no name gets one in the
 //! jail. Where it is in another file system, such as a mounted pool, it gets a name there, is mounted over a
