@@ -68,10 +68,16 @@ pub(super) struct MachineConfiguration {
     vcpu_count: u32,
     mem_size_mib: u64,
     smt: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    huge_pages: Option<&'static str>,
 }
 
 impl MachineConfiguration {
-    pub(super) fn new(cpu_count: u32, memory: ByteSize) -> Result<Self, HypervisorError> {
+    pub(super) fn new(
+        cpu_count: u32,
+        memory: ByteSize,
+        hugepages: bool,
+    ) -> Result<Self, HypervisorError> {
         const MIB: u64 = 1 << 20;
         if !memory.bytes().is_multiple_of(MIB) {
             return Err(HypervisorError::InvalidSpec {
@@ -79,11 +85,15 @@ impl MachineConfiguration {
                 reason: format!("{NAME} takes whole MiB"),
             });
         }
+        if hugepages {
+            super::hugepages::check(memory)?;
+        }
         Ok(Self {
             vcpu_count: cpu_count,
             mem_size_mib: memory.bytes() / MIB,
             // Odd numbers of processors are refused with it.
             smt: false,
+            huge_pages: hugepages.then_some("2M"),
         })
     }
 }

@@ -104,8 +104,8 @@ impl Jail {
         for limit in limits {
             command.args(["--cgroup", &limit]);
         }
-        // What it logs goes where the console goes.
-        command.args(["--", "--api-sock", API_NAME, "--level", "Warning"]);
+        // What it logs goes where the console goes, and is warned of each port that the guest asks in vain.
+        command.args(["--", "--api-sock", API_NAME, "--level", "Error"]);
         command.new_pid_namespace();
         command
     }

@@ -75,7 +75,7 @@ impl Launch for Firecracker {
     type Vm = FirecrackerVm;
 
     async fn launch(&self, spec: LaunchSpec) -> Result<FirecrackerVm, HypervisorError> {
-        let plan = Plan::new(&spec.hardware, &spec.boot, self.pci())?;
+        let plan = Plan::new(self, &spec.hardware, &spec.boot)?;
         let vm = self.spawn(spec.hardware).await?;
         match plan.carry_out(&vm).await {
             Ok(()) => Ok(vm),
@@ -269,7 +269,11 @@ struct Plan {
 
 impl Plan {
     /// Refuses what Firecracker would refuse, before it is started.
-    fn new(hardware: &HardwareSpec, boot: &BootSpec, pci: bool) -> Result<Self, HypervisorError> {
+    fn new(
+        firecracker: &Firecracker,
+        hardware: &HardwareSpec,
+        boot: &BootSpec,
+    ) -> Result<Self, HypervisorError> {
         check(hardware, MemoryMapping::Shared)?;
         check_file(&boot.kernel, KERNEL)?;
         if let Some(path) = &boot.initramfs {
@@ -277,10 +281,18 @@ impl Plan {
         }
         let drives = hardware.disks.iter().enumerate();
         Ok(Self {
-            machine: MachineConfiguration::new(hardware.cpu_count, hardware.memory.size())?,
+            machine: MachineConfiguration::new(
+                hardware.cpu_count,
+                hardware.memory.size(),
+                firecracker.hugepages(),
+            )?,
             kernel: boot.kernel.clone(),
             initramfs: boot.initramfs.clone(),
-            boot_args: kernel_arguments(&hardware.disks, pci, &boot.extra_kernel_args),
+            boot_args: kernel_arguments(
+                &hardware.disks,
+                firecracker.pci(),
+                &boot.extra_kernel_args,
+            ),
             drives: drives
                 .map(|(index, disk)| Drive::new(index, disk))
                 .collect::<Result<_, _>>()?,

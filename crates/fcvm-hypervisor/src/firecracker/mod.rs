@@ -3,7 +3,8 @@
 //! The bodies of the requests, with the reasons for them, are in `configuration.rs`; starting and
 //! watching the process in `launch.rs`; snapshots in `snapshot.rs`; the control channel (HTTP over a
 //! Unix socket) in `api.rs`; finding the program in `probe.rs`; released programs in `release.rs`; what
-//! it finds in its directory in `place.rs`, the jailer in `jail.rs`, and its counters in `metrics.rs`.
+//! it finds in its directory in `place.rs`, the jailer in `jail.rs`, its counters in `metrics.rs`, and memory in pages of 2 MiB in
+//! `hugepages.rs`.
 //!
 //! What a VM is made of reaches Firecracker as descriptors all the same: the paths that it is told
 //! are links in the VM's own directory that lead to its inherited descriptors, so that disks need
@@ -15,6 +16,7 @@
 
 mod api;
 mod configuration;
+mod hugepages;
 mod jail;
 mod launch;
 mod metrics;

@@ -39,6 +39,7 @@ pub struct Firecracker {
     directory: PathBuf,
     jail: Option<Jail>,
     pci: bool,
+    hugepages: bool,
 }
 
 impl Firecracker {
@@ -62,6 +63,7 @@ impl Firecracker {
             directory,
             jail: None,
             pci: false,
+            hugepages: false,
         })
     }
 
@@ -103,6 +105,17 @@ impl Firecracker {
     /// memory-mapped. A VM that starts from saved state has the bus that it had.
     pub fn with_pci(self, pci: bool) -> Self {
         Self { pci, ..self }
+    }
+
+    /// The same one, whose VMs have their memory in the host's pages of 2 MiB. A VM that starts from saved state
+    /// has the pages that it had, and gets them by [`MemoryBackend::Uffd`](crate::MemoryBackend::Uffd) only.
+    pub fn with_hugepages(self, hugepages: bool) -> Self {
+        Self { hugepages, ..self }
+    }
+
+    /// Whether memory is in pages of 2 MiB.
+    pub(super) fn hugepages(&self) -> bool {
+        self.hugepages
     }
 
     /// Whether devices are on a PCI bus.

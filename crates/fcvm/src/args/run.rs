@@ -79,6 +79,10 @@ pub(crate) struct RunArguments {
     /// --standby is given]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", overrides_with = "jail", help_heading = "Machine")]
     pub(crate) jail: Option<bool>,
+    /// Memory of a VM of Firecracker in the host's pages of 2 MiB (vm.nr_hugepages): fewer faults. It is cloned
+    /// by snapshots, whose memory a memory server brings, and not by 'fcvm fork'
+    #[arg(long, conflicts_with_all = ["warm", "standby"], help_heading = "Machine")]
+    pub(crate) hugepages: bool,
     /// Directory of the host in the guest (not in this version)
     #[arg(short, long, alias = "map", value_name = "HOST:GUEST", hide = true)]
     pub(crate) volume: Vec<String>,

@@ -26,6 +26,13 @@ pub(crate) async fn run(context: &Context, arguments: &ForkArguments) -> anyhow:
     check_state(&record)?;
     let paths = store.paths(&record.id);
     let source = VmSpec::of(&paths)?;
+    if source.hugepages {
+        // Firecracker maps no file in such pages.
+        bail!(
+            "VM '{}' has its memory in hugepages, and is cloned by a snapshot: 'fcvm snapshot create', then 'fcvm snapshot run'",
+            record.name
+        );
+    }
     let names = clones::names(&store, wanted, &record.name)?;
     let asking = connect(&paths.fork_socket()).with_context(|| {
         format!(

@@ -81,6 +81,7 @@ fn as_run(arguments: PrepareArguments) -> RunArguments {
         standby: 0,
         publish: Vec::new(),
         jail: None,
+        hugepages: false,
         dns: Vec::new(),
         volume: Vec::new(),
         cidfile: None,

@@ -446,7 +446,9 @@ fn firecracker_of(
     entry: &mut Entry,
     disks: &Path,
 ) -> anyhow::Result<Firecracker> {
-    let firecracker = firecracker(context, &entry.paths.runtime)?.with_pci(spec.pci);
+    let firecracker = firecracker(context, &entry.paths.runtime)?
+        .with_pci(spec.pci)
+        .with_hugepages(spec.hugepages);
     if !spec.jail {
         return Ok(firecracker);
     }

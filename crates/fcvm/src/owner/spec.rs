@@ -45,6 +45,9 @@ pub(crate) struct VmSpec {
     /// Its devices are on a PCI bus.
     #[serde(default)]
     pub(crate) pci: bool,
+    /// Its memory is in pages of 2 MiB.
+    #[serde(default)]
+    pub(crate) hugepages: bool,
     pub(crate) accelerator: AcceleratorChoice,
     pub(crate) network: NetworkMode,
     pub(crate) ports: Vec<PortMapping>,

@@ -14,7 +14,7 @@ fn debian_is_bootstrapped_and_runs() {
     }
     let output = lab.fcvm(&["image", "bootstrap", "debian:bookworm", "--tag", "lab:1"]);
     if output.code != 0
-        && ["resolve", "connect", "mirror"]
+        && ["resolv", "connect", "mirror"]
             .iter()
             .any(|text| output.stderr.contains(text))
     {

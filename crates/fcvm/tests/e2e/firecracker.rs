@@ -132,6 +132,102 @@ fn devices_on_a_pci_bus_work_and_are_cloned() {
     lab.finish();
 }
 
+/// Pages of 2 MiB of the host, as many as it had when this ends.
+struct Hugepages(String);
+
+impl Hugepages {
+    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn set(count: u64) -> Self {
+        let before = fs::read_to_string(Self::COUNT).unwrap();
+        fs::write(Self::COUNT, count.to_string()).unwrap();
+        Self(before)
+    }
+
+    fn free() -> u64 {
+        let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+        fs::read_to_string(path).unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for Hugepages {
+    fn drop(&mut self) {
+        fs::write(Self::COUNT, &self.0).unwrap();
+    }
+}
+
+#[test]
+fn memory_in_hugepages_is_cloned_by_its_server() {
+    const PAGES: u64 = 64;
+    let Some(lab) = lab("has hugepages") else {
+        return;
+    };
+    if !is_own_host() {
+        return;
+    }
+    let jail = format!("--jail={}", is_root());
+    let options = [
+        "--hugepages",
+        "--network",
+        "none",
+        "--memory",
+        "128m",
+        &jail,
+    ];
+    let run = [&["run", "--rm"], &options[..], &[IMAGE, "true"]].concat();
+    let none = Hugepages::set(0);
+    let line = lab.fails(125, &run);
+    assert!(
+        line.contains("takes 64 pages of 2 MiB and the host has 0"),
+        "{line}"
+    );
+    drop(none);
+
+    let _pages = Hugepages::set(3 * PAGES);
+    assert_eq!(Hugepages::free(), 3 * PAGES, "the host has not the memory");
+    lab.idle_vm("source", &options);
+    lab.sh("source", "echo kept > /dev/shm/state");
+    assert!(Hugepages::free() < 3 * PAGES, "its memory is elsewhere");
+    let line = lab.fails(125, &["fork", "source"]);
+    assert!(line.contains("fcvm snapshot create"), "{line}");
+    let create = ["snapshot", "create", "source", "--tag"];
+    let line = lab.fails(125, &[&create[..], &["checked", "--verify"]].concat());
+    assert!(line.contains("leave it out"), "{line}");
+    lab.ok(&[&create[..], &["base"]].concat());
+    let run = ["snapshot", "run", "--snapshot", "base", "--memory", "file"];
+    let line = lab.fails(125, &run);
+    assert!(line.contains("memory server"), "{line}");
+
+    // One of each way to ask for it, and a clone of a clone.
+    start(&lab, "base", "first", "uffd");
+    let run = ["snapshot", "run", "--snapshot", "base", "--name", "second"];
+    lab.ok(&run);
+    let origin = lab.json(&["inspect", "second"])[0]["memory_origin"].to_string();
+    assert!(origin.contains("hugepages can be had"), "{origin}");
+    assert_eq!(
+        lab.sh("second", "echo more >> /dev/shm/state; cat /dev/shm/state"),
+        "kept\nmore\n"
+    );
+    assert_eq!(lab.sh("first", STATE), "kept\n");
+    let count = faults(&lab, "first");
+    assert!(
+        (1..=PAGES).contains(&count),
+        "{count} faults of {PAGES} pages"
+    );
+    lab.ok(&["snapshot", "create", "second", "--tag", "next"]);
+    lab.ok(&["rm", "-f", "-a"]);
+    lab.wait_for_no_process();
+    assert_eq!(Hugepages::free(), 3 * PAGES);
+    lab.ok(&["snapshot", "run", "--snapshot", "next", "--name", "third"]);
+    assert_eq!(lab.sh("third", STATE), "kept\nmore\n");
+    lab.ok(&["rm", "-f", "-a"]);
+    lab.wait_for_no_process();
+    for tag in ["next", "base"] {
+        lab.ok(&["snapshot", "rm", tag]);
+    }
+    lab.finish();
+}
+
 /// Names in a directory, but for sockets' and pipes'.
 fn files(directory: &Path) -> Vec<String> {
     use std::os::unix::fs::FileTypeExt as _;

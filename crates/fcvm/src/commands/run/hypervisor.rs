@@ -9,6 +9,7 @@ use anyhow::{anyhow, bail};
 use fcvm_hypervisor::HypervisorKind;
 use fcvm_hypervisor::firecracker::CPU_COUNT_MAX;
 use fcvm_kernel::{Devices, GuestKernel};
+use fcvm_storage::StorageError;
 
 use crate::args::DiskStoreChoice;
 use crate::args::run::{AcceleratorChoice, HypervisorChoice, NetworkMode, RunArguments};
@@ -56,11 +57,16 @@ pub(super) fn choose(
     if let Some(reason) = &reason {
         tracing::debug!(target: "vm", "the hypervisor is {kind}: {reason}");
     }
-    if arguments.start.pci && kind == HypervisorKind::Qemu {
-        bail!(
-            "--pci cannot be had: {}",
-            not_qemus("a PCI bus", reason.as_deref())
-        );
+    for (is_wanted, option, what) in [
+        (arguments.start.pci, "--pci", "a PCI bus"),
+        (arguments.hugepages, "--hugepages", "pages of 2 MiB"),
+    ] {
+        if is_wanted && kind == HypervisorKind::Qemu {
+            bail!(
+                "{option} cannot be had: {}",
+                not_qemus(what, reason.as_deref())
+            );
+        }
     }
     let shares = arguments.warm || arguments.standby > 0;
     // A jail has a copy of memory that is there already, which these options are to spare.
@@ -103,6 +109,8 @@ fn jail(
         (Some(false), _) => Ok(false),
         (_, Ok(_)) => Ok(true),
         (Some(true), Err(obstacle)) => bail!("--jail cannot be had: {obstacle:#}"),
+        // Nothing can be written in the data directory, with a jail or without.
+        (None, Err(obstacle)) if obstacle.is::<StorageError>() => Err(obstacle),
         (None, Err(obstacle)) => {
             // Without root nobody expects one.
             if kind == HypervisorKind::Firecracker && is_root {

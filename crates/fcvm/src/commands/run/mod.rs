@@ -172,6 +172,7 @@ pub(super) async fn make_spec(
         hypervisor_reason: chosen.reason,
         jail: chosen.jail,
         pci: arguments.start.pci,
+        hugepages: arguments.hugepages,
         accelerator: arguments.start.accel,
         network: arguments.start.network,
         ports: arguments.publish.clone(),

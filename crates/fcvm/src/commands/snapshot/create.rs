@@ -47,12 +47,16 @@ pub(super) async fn run(context: &Context, arguments: &CreateArguments) -> anyho
     let state = context.state()?;
     let record = state.find(&arguments.vm)?;
     check_state(&record)?;
+    let spec = VmSpec::of(&state.paths(&record.id))?;
+    if arguments.verify && spec.hugepages {
+        bail!(
+            "--verify starts a clone from a file, which no VM with hugepages does: leave it out, and let 'fcvm snapshot run' show that it starts"
+        );
+    }
     let store = context.snapshots();
     // Taken first: a tag that exists is told before the VM is stopped for it.
     let mut draft = store.begin(&arguments.tag)?;
-    let paths = state.paths(&record.id);
-    let spec = VmSpec::of(&paths)?;
-    let kept = keep(&paths.fork_socket(), &record).await?;
+    let kept = keep(&state.paths(&record.id).fork_socket(), &record).await?;
     tracing::info!(target: "vm", "the VM stood still for {:.1} ms", kept.pause_us as f64 / 1000.0);
     let parent = match arguments.full {
         true => None,

@@ -14,6 +14,7 @@ use fcvm_snapshot::Snapshot;
 use super::serve_memory::PREFIX;
 use crate::args::snapshot::MemoryChoice;
 use crate::context::Context;
+use crate::owner::spec::VmSpec;
 use crate::template::TemplateMemory;
 
 /// What was chosen, and why.
@@ -29,43 +30,52 @@ pub(super) fn choose(
     context: &Context,
     choice: MemoryChoice,
     snapshot: &Snapshot,
-    hypervisor: HypervisorKind,
+    spec: &VmSpec,
 ) -> anyhow::Result<Chosen> {
-    let file = |reason: &str| file(snapshot, reason);
-    let served = |socket, reason: &str| Chosen {
-        memory: TemplateMemory::Served(socket),
-        reason: reason.to_owned(),
-        started: None,
-    };
-    match (choice, hypervisor) {
-        (MemoryChoice::Uffd, HypervisorKind::Qemu) => bail!(
+    let file = |reason: &str| file(snapshot, spec, reason);
+    match (spec.hypervisor, choice) {
+        (HypervisorKind::Qemu, MemoryChoice::Uffd) => bail!(
             "--memory uffd is for snapshots of VMs under Firecracker: QEMU maps the memory as a file, which --memory file says"
         ),
-        (MemoryChoice::Auto, HypervisorKind::Qemu) => file("QEMU maps the memory as a file"),
-        (MemoryChoice::File, _) => file("--memory file"),
-        (MemoryChoice::Uffd, HypervisorKind::Firecracker) => {
-            if let Some(socket) = running(context, snapshot) {
-                return Ok(served(socket, "--memory uffd"));
-            }
-            let server = StartedServer::start(context, snapshot)?;
-            let mut chosen = served(server.socket.clone(), "--memory uffd");
-            chosen.started = Some(server);
-            Ok(chosen)
+        (HypervisorKind::Qemu, MemoryChoice::Auto) => {
+            return file("QEMU maps the memory as a file");
         }
-        (MemoryChoice::Auto, HypervisorKind::Firecracker) => match running(context, snapshot) {
-            Some(socket) => Ok(served(
-                socket,
-                "a memory server has this snapshot in memory already",
-            )),
-            None => file(
-                "no memory server runs for this snapshot, and clones of one command share a file's pages",
-            ),
-        },
+        (_, MemoryChoice::File) => return file("--memory file"),
+        (HypervisorKind::Firecracker, MemoryChoice::Auto | MemoryChoice::Uffd) => {}
     }
+    let found = running(context, snapshot);
+    let reason = match choice {
+        MemoryChoice::Uffd => "--memory uffd",
+        _ if spec.hugepages => "hugepages can be had from a memory server only",
+        _ if found.is_some() => "a memory server has this snapshot in memory already",
+        _ => {
+            return file(
+                "no memory server runs for this snapshot, and clones of one command share a file's pages",
+            );
+        }
+    };
+    let (socket, started) = match found {
+        Some(socket) => (socket, None),
+        None => {
+            let server = StartedServer::start(context, snapshot)?;
+            (server.socket.clone(), Some(server))
+        }
+    };
+    Ok(Chosen {
+        memory: TemplateMemory::Served(socket),
+        reason: reason.to_owned(),
+        started,
+    })
 }
 
 /// The memory in a file.
-pub(super) fn file(snapshot: &Snapshot, reason: &str) -> anyhow::Result<Chosen> {
+pub(super) fn file(snapshot: &Snapshot, spec: &VmSpec, reason: &str) -> anyhow::Result<Chosen> {
+    if spec.hugepages {
+        let tag = snapshot.tag();
+        bail!(
+            "the snapshot '{tag}' is of a VM with hugepages, which Firecracker maps from no file: 'fcvm snapshot run --snapshot {tag}' has a memory server bring them"
+        );
+    }
     Ok(Chosen {
         memory: TemplateMemory::File(OwnedFd::from(super::load_memory(snapshot)?)),
         reason: reason.to_owned(),

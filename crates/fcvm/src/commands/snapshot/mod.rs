@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context as _, bail};
-use fcvm_hypervisor::{DeviceState, HypervisorKind};
+use fcvm_hypervisor::DeviceState;
 use fcvm_image::progress::Progress as _;
 use fcvm_memory::PAGE_BYTES;
 use fcvm_snapshot::{MemoryKind, Snapshot, SnapshotError, SnapshotStore};
@@ -151,7 +151,9 @@ fn rm(context: &Context, arguments: &RmArguments) -> anyhow::Result<u8> {
 /// Reads a snapshot into memory and checks that this host can run it.
 pub(crate) fn load(store: &SnapshotStore, tag: &SnapshotTag) -> anyhow::Result<Loaded> {
     let reason = "the process that has the snapshot has it in a file";
-    let (loaded, _) = load_with(store, tag, |snapshot, _| memory::file(snapshot, reason))?;
+    let (loaded, _) = load_with(store, tag, |snapshot, spec| {
+        memory::file(snapshot, spec, reason)
+    })?;
     Ok(loaded)
 }
 
@@ -159,7 +161,7 @@ pub(crate) fn load(store: &SnapshotStore, tag: &SnapshotTag) -> anyhow::Result<L
 fn load_with(
     store: &SnapshotStore,
     tag: &SnapshotTag,
-    choose: impl FnOnce(&Snapshot, HypervisorKind) -> anyhow::Result<Chosen>,
+    choose: impl FnOnce(&Snapshot, &VmSpec) -> anyhow::Result<Chosen>,
 ) -> anyhow::Result<(Loaded, Option<StartedServer>)> {
     let snapshot = store.open(tag)?;
     let fields = &snapshot.manifest().fields;
@@ -188,7 +190,7 @@ fn load_with(
         memory,
         reason,
         started,
-    } = choose(&snapshot, spec.hypervisor)?;
+    } = choose(&snapshot, &spec)?;
     let template = Template {
         memory,
         disk: snapshot.disk(),
@@ -232,8 +234,8 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
     wanted.check()?;
     match (&arguments.snapshot, arguments.pid) {
         (Some(tag), _) => {
-            let choose = |snapshot: &Snapshot, hypervisor| {
-                memory::choose(context, arguments.memory, snapshot, hypervisor)
+            let choose = |snapshot: &Snapshot, spec: &VmSpec| {
+                memory::choose(context, arguments.memory, snapshot, spec)
             };
             let (loaded, server) = load_with(&context.snapshots(), tag, choose)?;
             let (starting, channels) = start(context, wanted, &loaded.served(None), None).await?;
