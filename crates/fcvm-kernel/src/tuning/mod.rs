@@ -206,8 +206,8 @@ fn warnings(request: &Request, memory: &Memory) -> Vec<String> {
     }
     if memory.hugepage_bytes > 0 {
         warnings.push(
-            "hugepages are taken from everything else, and only guests that ask for them use them: VMs of this version of \
-             fcvm do not (their memory is shared between forks page by page)"
+            "hugepages are taken from everything else, and only guests that ask for them use them: VMs of fcvm do so with \
+             --hypervisor firecracker --hugepages only"
                 .to_owned(),
         );
     }

@@ -214,7 +214,13 @@ fn snapshots_of_another_host_or_a_later_fcvm_are_refused() {
     }
     fs::write(folder.join("manifest.json"), &original).unwrap();
     // Files that are cut off, or gone.
-    for name in ["memory.pages", "state.bin", "disk-0.raw"] {
+    let method = lab.json(&["inspect", "source"])[0]["disk_store"]["method"].clone();
+    let names = match method.as_str().unwrap() {
+        // It has the disk.
+        "pool" => &["memory.pages", "state.bin"][..],
+        _ => &["memory.pages", "state.bin", "disk-0.raw"],
+    };
+    for name in names {
         let path = folder.join(name);
         let away = lab.file("away");
         fs::rename(&path, &away).unwrap();
