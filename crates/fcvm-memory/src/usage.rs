@@ -17,7 +17,7 @@ pub struct MemoryUsage {
     pub guest_private_bytes: u64,
     /// Of the guest's memory: what is mapped, shared or not.
     pub guest_resident_bytes: u64,
-    /// All of the process's.
+    /// All of the process's, hugepages too.
     pub pss_bytes: u64,
     /// All of the process's that the host has swapped out.
     pub swapped_bytes: u64,
@@ -62,6 +62,8 @@ fn sum(smaps: impl BufRead) -> std::io::Result<MemoryUsage> {
                     usage.guest_pss_bytes += bytes;
                 }
             }
+            // Counted in neither Rss nor Pss. Where several processes map them each has them.
+            "Private_Hugetlb" | "Shared_Hugetlb" => usage.pss_bytes += bytes,
             "Swap" => usage.swapped_bytes += bytes,
             "Private_Clean" | "Private_Dirty" if is_guest => usage.guest_private_bytes += bytes,
             "Rss" if is_guest => usage.guest_resident_bytes += bytes,
@@ -91,12 +93,16 @@ Pss:                  50 kB
 Private_Dirty:        20 kB
 Swap:                  8 kB
 SwapPss:               4 kB
+7fa0-7fa1 rw-p 00000000 00:0f 44    /anon_hugepage (deleted)
+Pss:                   0 kB
+Shared_Hugetlb:        0 kB
+Private_Hugetlb:    4096 kB
 ";
         let usage = sum(text.as_bytes()).unwrap();
         assert_eq!(usage.guest_pss_bytes, 3500 << 10);
         assert_eq!(usage.guest_private_bytes, 1004 << 10);
         assert_eq!(usage.guest_resident_bytes, 9000 << 10);
-        assert_eq!(usage.pss_bytes, 3550 << 10);
+        assert_eq!(usage.pss_bytes, (3550 + 4096) << 10);
         assert_eq!(usage.swapped_bytes, 8 << 10);
         assert!(
             super::usage(i32::try_from(std::process::id()).unwrap())

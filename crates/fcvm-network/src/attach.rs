@@ -56,7 +56,7 @@ pub enum Card {
 pub struct NetworkOptions {
     /// Published ports.
     pub ports: Vec<PortMapping>,
-    /// The passt program; the hypervisor's user-mode network is used where absent.
+    /// The passt program; the hypervisor's user-mode network is used where it is absent or cannot run.
     pub passt: Option<PathBuf>,
     /// The host's name servers and search domains.
     pub resolver: HostResolver,
@@ -168,7 +168,7 @@ pub async fn attach(
 ) -> Result<Attachment, NetworkError> {
     match (mode, &options.passt, card) {
         (NetworkMode::None, ..) => no_network(options),
-        (NetworkMode::Rootless, Some(program), Card::Stream) => {
+        (NetworkMode::Rootless, Some(program), Card::Stream) if tap::is_passt_allowed() => {
             let (attachment, socket) = passt_network(program, options)?;
             Ok(Attachment {
                 backend: Backend::Passt(socket),
@@ -185,7 +185,7 @@ pub async fn attach(
                 ..attachment
             })
         }
-        (NetworkMode::Rootless, None, Card::Stream) => user_network(options),
+        (NetworkMode::Rootless, _, Card::Stream) => user_network(options),
         (NetworkMode::Rootless, None, Card::Tap { .. }) => Err(NetworkError::NoPasst),
     }
 }
@@ -254,12 +254,16 @@ fn user_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
         forwards: options.ports.clone(),
         ipv6,
     };
-    let note = "passt is not installed, so the VM has QEMU's user-mode network: slower, without \
-                published ports on IPv6, and the guest reaches the services of the host's loopback \
-                at 10.0.2.2; install the package passt";
-    Ok(Attachment::without_helper(
-        backend,
-        Some(guest),
-        Some(note.to_owned()),
-    ))
+    let (reason, advice) = match options.passt {
+        None => ("passt is not installed", "install the package passt"),
+        Some(_) => (
+            "passt needs a user namespace and this host forbids them",
+            "allow them (user.max_user_namespaces, kernel.unprivileged_userns_clone)",
+        ),
+    };
+    let note = format!(
+        "{reason}, so the VM has QEMU's user-mode network: slower, without published ports on IPv6, and the guest \
+         reaches the services of the host's loopback at 10.0.2.2; {advice}"
+    );
+    Ok(Attachment::without_helper(backend, Some(guest), Some(note)))
 }

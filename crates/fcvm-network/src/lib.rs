@@ -31,4 +31,4 @@ pub use error::NetworkError;
 pub use host::{HostResolver, HostRoutes};
 pub use passt::find_passt;
 pub use relay::{ConnectionId, FrameRelay, RelayCounters, RelayEnd};
-pub use tap::{Tap, check_tap, make_tap};
+pub use tap::{Tap, check_tap, is_passt_allowed, make_tap};

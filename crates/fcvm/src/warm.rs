@@ -94,7 +94,7 @@ pub(crate) fn key(context: &Context, spec: &VmSpec) -> anyhow::Result<String> {
         memory_bytes: spec.memory_bytes,
         disk_bytes: spec.disk_bytes,
         network: spec.network,
-        passt: context.find_program("passt").is_some(),
+        passt: context.find_program("passt").is_some() && fcvm_network::is_passt_allowed(),
         kernel: FileKey::of(&spec.kernel)?,
         initramfs: &spec.initramfs,
         hypervisor: spec.hypervisor.name(),

@@ -33,7 +33,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use crate::error::NetworkError;
 
 use namespace::Report;
-pub use namespace::{check_tap, make_tap};
+pub use namespace::{check_tap, is_passt_allowed, make_tap};
 pub(crate) use pump::TapPump;
 
 /// The device that the hypervisor opens. It is alone in its namespace, so that all VMs have the same

@@ -83,26 +83,31 @@ pub fn check_tap(passt: Option<&Path>) -> Result<(), NetworkError> {
     open_tun()
         .at(Stage::TunDevice)
         .map_err(|(stage, errno)| stage.error(errno))?;
-    if !geteuid().is_root()
-        && SWITCHES.iter().any(|(switch, forbids)| {
-            fs::read_to_string(switch).is_ok_and(|value| value.trim() == *forbids)
-        })
-    {
+    if !geteuid().is_root() && [LIMIT, DEBIANS, UBUNTUS].into_iter().any(forbids) {
         return Err(Stage::Namespace.error(Errno::PERM));
     }
     Ok(())
 }
 
-/// What forbids users to make namespaces, and its value then: the kernel's limit, Debian's switch, and
+/// Whether the host lets passt shut itself in a user namespace, without which it does not start.
+/// Ubuntu's switch does not forbid it to programs that have a profile, as passt has.
+pub fn is_passt_allowed() -> bool {
+    !forbids(LIMIT) && (geteuid().is_root() || !forbids(DEBIANS))
+}
+
+/// What forbids to make user namespaces, and its value then: the kernel's limit, which counts for root too.
+const LIMIT: (&str, &str) = ("/proc/sys/user/max_user_namespaces", "0");
+/// Debian's switch.
+const DEBIANS: (&str, &str) = ("/proc/sys/kernel/unprivileged_userns_clone", "0");
 /// Ubuntu's, which leaves the making and forbids all that they would be made for.
-const SWITCHES: [(&str, &str); 3] = [
-    ("/proc/sys/user/max_user_namespaces", "0"),
-    ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
-    (
-        "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
-        "1",
-    ),
-];
+const UBUNTUS: (&str, &str) = (
+    "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+    "1",
+);
+
+fn forbids((switch, value): (&str, &str)) -> bool {
+    fs::read_to_string(switch).is_ok_and(|found| found.trim() == value)
+}
 
 fn open_tun() -> io::Result<File> {
     File::options().read(true).write(true).open(TUN_DEVICE)

@@ -191,7 +191,8 @@ pub(crate) struct StartArguments {
         help_heading = "Machine"
     )]
     pub(crate) accel: AcceleratorChoice,
-    /// Put the devices of a VM of Firecracker on a PCI bus: more throughput, a longer boot
+    /// Put the devices of a VM of Firecracker on a PCI bus: interrupts without exits
+    /// (MSI-X), a longer boot
     #[arg(long, help_heading = "Machine")]
     pub(crate) pci: bool,
     /// Guest kernel: a vmlinux or bzImage, or a kernel or profile of 'fcvm kernel ls' [default: the one

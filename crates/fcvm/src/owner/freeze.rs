@@ -224,10 +224,15 @@ impl RunningVm {
             Some(disk) => disk.usage()?,
             None => DiskUsage::default(),
         };
+        // What Firecracker maps from no file has no name: it is told with the little that is its own.
+        let (guest_pss_bytes, guest_private_bytes) = match memory.guest_resident_bytes {
+            0 => (memory.pss_bytes, memory.pss_bytes),
+            _ => (memory.guest_pss_bytes, memory.guest_private_bytes),
+        };
         Ok(Usage {
             memory_pss_bytes: memory.pss_bytes,
-            guest_pss_bytes: memory.guest_pss_bytes,
-            guest_private_bytes: memory.guest_private_bytes,
+            guest_pss_bytes,
+            guest_private_bytes,
             disk_private_bytes: disk.own_bytes,
             disk_shared_bytes: disk.shared_bytes,
         })

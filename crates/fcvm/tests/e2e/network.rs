@@ -197,6 +197,31 @@ fn ports_are_published_without_passt() {
     lab.finish();
 }
 
+/// passt shuts itself in a user namespace, and some hosts have none.
+#[test]
+fn a_host_without_user_namespaces_has_qemus_network() {
+    let Some(lab) = Lab::of_qemu("has a network of its own, without passt") else {
+        return;
+    };
+    if find("passt").is_none() {
+        println!("skipped: passt is not installed");
+        return;
+    }
+    // The limit of a namespace counts for what is in it.
+    let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$@\"";
+    let fcvm = lab.program();
+    let shell = ["--user", "--map-root-user", "sh", "-c", script, "sh", fcvm];
+    let run = ["run", "--rm", IMAGE, "cat", "/etc/resolv.conf"];
+    let output = crate::process::run(lab.tool("unshare", &[&shell[..], &run].concat()));
+    assert_eq!(output.code, 0, "{output:?}");
+    assert!(
+        output.stderr.contains("this host forbids them"),
+        "{output:?}"
+    );
+    assert!(output.text().contains("nameserver"), "{output:?}");
+    lab.finish();
+}
+
 #[test]
 fn the_guest_reaches_the_hosts_network_and_not_its_loopback() {
     let Some(lab) = Lab::new() else { return };
