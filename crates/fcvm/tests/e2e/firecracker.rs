@@ -132,28 +132,32 @@ fn devices_on_a_pci_bus_work_and_are_cloned() {
     lab.finish();
 }
 
-/// Pages of 2 MiB of the host, as many as it had when this ends.
-struct Hugepages(String);
+/// A setting of the host, which is what it was again when this ends.
+struct Setting {
+    path: &'static str,
+    before: String,
+}
 
-impl Hugepages {
-    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn set(count: u64) -> Self {
-        let before = fs::read_to_string(Self::COUNT).unwrap();
-        fs::write(Self::COUNT, count.to_string()).unwrap();
-        Self(before)
-    }
-
-    fn free() -> u64 {
-        let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-        fs::read_to_string(path).unwrap().trim().parse().unwrap()
+impl Setting {
+    fn set(path: &'static str, value: u64) -> Self {
+        let before = fs::read_to_string(path).unwrap();
+        fs::write(path, value.to_string()).unwrap();
+        Self { path, before }
     }
 }
 
-impl Drop for Hugepages {
+impl Drop for Setting {
     fn drop(&mut self) {
-        fs::write(Self::COUNT, &self.0).unwrap();
+        fs::write(self.path, &self.before).unwrap();
     }
+}
+
+/// Pages of 2 MiB that the host has.
+const HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+fn free_hugepages() -> u64 {
+    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    fs::read_to_string(path).unwrap().trim().parse().unwrap()
 }
 
 #[test]
@@ -175,7 +179,7 @@ fn memory_in_hugepages_is_cloned_by_its_server() {
         &jail,
     ];
     let run = [&["run", "--rm"], &options[..], &[IMAGE, "true"]].concat();
-    let none = Hugepages::set(0);
+    let none = Setting::set(HUGEPAGES, 0);
     let line = lab.fails(125, &run);
     assert!(
         line.contains("takes 64 pages of 2 MiB and the host has 0"),
@@ -183,12 +187,12 @@ fn memory_in_hugepages_is_cloned_by_its_server() {
     );
     drop(none);
 
-    let _pages = Hugepages::set(3 * PAGES);
-    assert_eq!(Hugepages::free(), 3 * PAGES, "the host has not the memory");
+    let _pages = Setting::set(HUGEPAGES, 3 * PAGES);
+    assert_eq!(free_hugepages(), 3 * PAGES, "the host has not the memory");
     lab.idle_vm("source", &options);
     lab.sh("source", "echo kept > /dev/shm/state");
     let usage = &lab.json(&["ls", "--size", "--format", "json"])[0]["usage"];
-    let taken = 3 * PAGES - Hugepages::free();
+    let taken = 3 * PAGES - free_hugepages();
     assert!(taken > 0, "its memory is elsewhere");
     let own = usage["guest_private_bytes"].as_u64().unwrap();
     assert!(own >= taken << 21, "{own} bytes, and {taken} pages taken");
@@ -221,7 +225,7 @@ fn memory_in_hugepages_is_cloned_by_its_server() {
     lab.ok(&["snapshot", "create", "second", "--tag", "next"]);
     lab.ok(&["rm", "-f", "-a"]);
     lab.wait_for_no_process();
-    assert_eq!(Hugepages::free(), 3 * PAGES);
+    assert_eq!(free_hugepages(), 3 * PAGES);
     lab.ok(&["snapshot", "run", "--snapshot", "next", "--name", "third"]);
     assert_eq!(lab.sh("third", STATE), "kept\nmore\n");
     lab.ok(&["rm", "-f", "-a"]);
@@ -410,8 +414,7 @@ fn users_without_namespaces_are_told_and_have_qemu() {
         return;
     };
     let Some(lab) = Lab::ordinary() else { return };
-    let before = fs::read_to_string(LIMIT).unwrap();
-    fs::write(LIMIT, "0").unwrap();
+    let limit = Setting::set(LIMIT, 0);
     let line = lab.fails(125, &["run", "--rm", IMAGE, "true"]);
     assert!(line.contains("max_user_namespaces"), "{line}");
     let run = [
@@ -425,7 +428,7 @@ fn users_without_namespaces_are_told_and_have_qemu() {
     ];
     lab.ok(&run);
     let record: Value = lab.json(&["inspect", "other"])[0].clone();
-    fs::write(LIMIT, before).unwrap();
+    drop(limit);
     assert_eq!(record["hypervisor"], "qemu");
     let line = lab.fails(125, &["run", "--rm", "--jail", IMAGE, "true"]);
     assert!(line.contains("needs root"), "{line}");
