@@ -120,7 +120,7 @@ impl Lab {
 
 /// A VM of the bench; it ends with this value.
 pub(crate) struct BenchVm<'a> {
-    lab: &'a Lab,
+    pub(crate) lab: &'a Lab,
     /// Its name.
     pub(crate) name: String,
 }

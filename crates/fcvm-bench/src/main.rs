@@ -19,6 +19,7 @@ mod memory;
 mod process;
 mod relay;
 mod report;
+mod restore;
 mod session;
 mod streams;
 mod uffd;
@@ -41,7 +42,7 @@ Usage: fcvm-bench [OPTIONS]
   --rounds N         rounds of what is measured alternately [default: 7]
   --quick            a few samples of each of fork, clones and pause
   --only NAME,...    boot, warm, session, streams, memory, relay,
-                     conversion, fork, clones, pause, uffd, kernels [default: all]
+                     conversion, fork, clones, pause, restore, uffd, kernels [default: all]
   --peer-kernel FILE a vmlinux to boot beside guest-min and the packaged kernel";
 
 /// What the command line asks for.
@@ -129,6 +130,9 @@ fn measure_vms(options: &Options, lab: &Lab, report: &mut Report) -> anyhow::Res
     if options.wants("warm") {
         warm::measure(lab, options.rounds, report).context("warm")?;
     }
+    if options.wants("restore") {
+        restore::measure(lab, options.rounds, report).context("restore")?;
+    }
     if options.wants("kernels") {
         let peer = options.peer_kernel.as_deref();
         kernels::measure(lab, peer, options.rounds, report).context("kernels")?;
@@ -188,7 +192,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
     if options.rounds == 0 {
         bail!("--rounds 0 measures nothing: 1 is the least");
     }
-    const PARTS: [&str; 12] = [
+    const PARTS: [&str; 13] = [
         "boot",
         "warm",
         "session",
@@ -199,6 +203,7 @@ fn parse() -> anyhow::Result<Option<Options>> {
         "fork",
         "clones",
         "pause",
+        "restore",
         "uffd",
         "kernels",
     ];
