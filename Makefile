@@ -77,6 +77,14 @@ lab-test: agent ## the end-to-end tests on KVM, in an emulated machine: Firecrac
 	$(MAKE) --no-print-directory guest-kernel
 	$(CARGO) xtask lab-test
 
+.PHONY: lab-bench
+lab-bench: agent ## measure how VMs begin under Firecracker (FCVM_FIRECRACKER_BIN), in that emulated machine
+	scripts/install-deps --test
+	$(CARGO) build --locked -p fcvm
+	$(CARGO) build --locked --release -p fcvm -p fcvm-bench
+	$(MAKE) --no-print-directory guest-kernel
+	BENCH_OPTIONS="$(BENCH_OPTIONS)" $(CARGO) xtask lab-bench
+
 .PHONY: lint
 lint: ## formatting, clippy, dependency rule, licences, advisories, tidiness
 	$(CARGO) fmt --all --check

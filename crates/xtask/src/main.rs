@@ -1,4 +1,4 @@
-//! Checks as code: `cargo xtask check`, or one of its parts; and `cargo xtask lab-test`.
+//! Checks as code: `cargo xtask check`, or one of its parts; and `cargo xtask lab-test`, `lab-bench`.
 //!
 //! None of the checks needs the network. Each failure is a line `file:line: what is wrong`; any line makes
 //! the exit code 1. What can be left to rustc, clippy and rustfmt is left to them.
@@ -33,6 +33,7 @@ usage: cargo xtask COMMAND
   check-advisories         Cargo.lock against crates/xtask/data/advisories.toml
   check-tidy               file and function lengths, module comments, links, paths
   lab-test                 fcvm on Firecracker and on QEMU with KVM, in an emulated machine that has KVM
+  lab-bench                how VMs begin under Firecracker, measured in that machine
   update-advisories DIR    write that file anew from a checkout of RustSec's advisory-db";
 
 fn main() -> ExitCode {
@@ -61,9 +62,12 @@ fn run(arguments: &[String]) -> anyhow::Result<Vec<Finding>> {
         ["check-licences"] => check_licences(&root),
         ["check-advisories"] => check_advisories(&root),
         ["check-tidy"] => tidy::check(&root),
-        ["lab-test"] => {
+        [task @ ("lab-test" | "lab-bench")] => {
             let target = metadata(&root)?.target_directory;
-            lab::test(target.as_std_path())?;
+            match *task {
+                "lab-test" => lab::test(target.as_std_path())?,
+                _ => lab::bench(target.as_std_path())?,
+            }
             Ok(Vec::new())
         }
         ["update-advisories", directory] => {

@@ -426,7 +426,10 @@ fn users_without_namespaces_are_told_and_have_qemu() {
         IMAGE,
         "true",
     ];
-    lab.ok(&run);
+    // Nor has it passt then.
+    let output = lab.fcvm(&run);
+    assert_eq!(output.code, 0, "{output:?}");
+    assert!(output.stderr.contains("user namespace"), "{output:?}");
     let record: Value = lab.json(&["inspect", "other"])[0].clone();
     drop(limit);
     assert_eq!(record["hypervisor"], "qemu");

@@ -1,5 +1,5 @@
 //! `cargo xtask lab-test`: the end-to-end suite where KVM runs guests, on a machine that has no KVM; which
-//! tests of it and how is in `lab/e2e`.
+//! tests of it and how is in `lab/e2e`. `cargo xtask lab-bench` measures there (`lab/bench`).
 //!
 //! QEMU emulates a processor with AMD's virtualisation (SVM) and Linux's own KVM runs on it: the lab. The
 //! host's files are there as the host has them, below a file system in memory that takes all changes, so
@@ -28,15 +28,30 @@ const PROGRAMS: [&str; 5] = [
 ];
 /// The checks.
 const CHECKS: &str = include_str!("../../lab/e2e");
-/// Chooses tests of the suite in place of the usual ones.
-const TESTS: &str = "LAB_TESTS";
+/// The bench.
+const BENCH: &str = include_str!("../../lab/bench");
+/// Names a Firecracker.
+const FIRECRACKER: &str = "FCVM_FIRECRACKER_BIN";
+/// What the scripts are told as it is: tests of the suite in place of the usual ones, options of the bench.
+const PASSED_ON: [&str; 2] = ["LAB_TESTS", "BENCH_OPTIONS"];
 
 /// What the script sees: names and values.
 type Environment = Vec<(String, String)>;
+/// Programs that a script needs, by the variables that name them.
+type Programs = Vec<(&'static str, PathBuf)>;
 
 /// Runs the checks in the lab, or says why not.
 pub(crate) fn test(target: &Path) -> anyhow::Result<()> {
-    match prepare(target)? {
+    let programs = || {
+        let driver = test_program("fcvm-hypervisor", "firecracker")?;
+        let suite = test_program("fcvm", "e2e")?;
+        Ok(vec![
+            ("LAB_DRIVER_TEST", driver),
+            ("LAB_SUITE", suite),
+            ("RUSTC", rustc()?),
+        ])
+    };
+    match prepare(target, programs)? {
         Ok((kernel, environment)) => run(target, &kernel, CHECKS, &environment),
         Err(missing) => {
             println!("skipped: lab-test: {missing}");
@@ -45,8 +60,27 @@ pub(crate) fn test(target: &Path) -> anyhow::Result<()> {
     }
 }
 
+/// Measures in the lab, or says why not.
+pub(crate) fn bench(target: &Path) -> anyhow::Result<()> {
+    let programs = || Ok(vec![("LAB_BENCH", target.join("release/fcvm-bench"))]);
+    match prepare(target, programs)? {
+        Ok((_, environment)) if !environment.iter().any(|(name, _)| name == FIRECRACKER) => {
+            println!("skipped: lab-bench: there is no Firecracker ({FIRECRACKER}, PATH)");
+            Ok(())
+        }
+        Ok((kernel, environment)) => run(target, &kernel, BENCH, &environment),
+        Err(missing) => {
+            println!("skipped: lab-bench: {missing}");
+            Ok(())
+        }
+    }
+}
+
 /// The kernel of the lab and what the script is told, or what is missing here.
-fn prepare(target: &Path) -> anyhow::Result<Result<(LabKernel, Environment), String>> {
+fn prepare(
+    target: &Path,
+    programs: impl FnOnce() -> anyhow::Result<Programs>,
+) -> anyhow::Result<Result<(LabKernel, Environment), String>> {
     if cfg!(not(target_arch = "x86_64")) {
         return Ok(Err("the lab is an x86-64 machine".to_owned()));
     }
@@ -61,7 +95,7 @@ fn prepare(target: &Path) -> anyhow::Result<Result<(LabKernel, Environment), Str
     for (_, path) in &parts {
         if !path.exists() {
             return Ok(Err(format!(
-                "{} is not there: 'make lab-test' makes it",
+                "{} is not there: make's targets 'lab-test' and 'lab-bench' make it",
                 path.display()
             )));
         }
@@ -71,23 +105,17 @@ fn prepare(target: &Path) -> anyhow::Result<Result<(LabKernel, Environment), Str
         Ok(kernel) => kernel,
         Err(missing) => return Ok(Err(missing)),
     };
-    let named = std::env::var_os("FCVM_FIRECRACKER_BIN").map(PathBuf::from);
+    let named = std::env::var_os(FIRECRACKER).map(PathBuf::from);
     let firecracker = named.or_else(|| find("firecracker"));
-    let programs = [
-        (
-            "LAB_DRIVER_TEST",
-            test_program("fcvm-hypervisor", "firecracker")?,
-        ),
-        ("LAB_SUITE", test_program("fcvm", "e2e")?),
-        ("RUSTC", rustc()?),
-    ];
-    let firecracker = firecracker.map(|path| ("FCVM_FIRECRACKER_BIN", path));
+    let firecracker = firecracker.map(|path| (FIRECRACKER, path));
     let mut environment = Environment::new();
-    for (name, path) in parts.into_iter().chain(programs).chain(firecracker) {
+    for (name, path) in parts.into_iter().chain(programs()?).chain(firecracker) {
         environment.push((name.to_owned(), machine::absolute(&path)?));
     }
-    if let Ok(tests) = std::env::var(TESTS) {
-        environment.push((TESTS.to_owned(), tests));
+    for name in PASSED_ON {
+        if let Ok(value) = std::env::var(name) {
+            environment.push((name.to_owned(), value));
+        }
     }
     Ok(Ok((kernel, environment)))
 }
