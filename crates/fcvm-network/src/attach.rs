@@ -176,6 +176,7 @@ pub async fn attach(
             })
         }
         (NetworkMode::Rootless, Some(program), Card::Tap { maker }) => {
+            tap::check_tap(Some(program))?;
             // Ports that cannot be published are known before anything is made.
             let (attachment, socket) = passt_network(program, options)?;
             let (tap, own_end) = tap::create(maker).await?;

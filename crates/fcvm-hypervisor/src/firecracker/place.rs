@@ -213,26 +213,54 @@ impl Place {
         Ok(name.to_owned())
     }
 
-    /// In a jail, the name of a file that has what `memory` has; Firecracker writes to it.
-    pub(super) fn output(&self, memory: &File) -> io::Result<Option<String>> {
+    /// In a jail, a file that has what `memory` has, for Firecracker to write to.
+    pub(super) fn output(&self, memory: &File) -> io::Result<Option<Output>> {
         let Some(jail) = &self.jail else {
             return Ok(None);
         };
         let path = self.path.join(MEMORY_OUT);
-        let file = File::create_new(&path)?;
-        sparse_copy(memory, &file)?;
-        fchown(&file, Some(jail.user), None)?;
-        Ok(Some(MEMORY_OUT.to_owned()))
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true);
+        let output = Output {
+            file: file.open(&path)?,
+            path,
+        };
+        sparse_copy(memory, &output.file)?;
+        fchown(&output.file, Some(jail.user), None)?;
+        Ok(Some(output))
     }
+}
 
-    /// Copies what Firecracker has written to that file, and removes it.
-    pub(super) fn take_out(&self, memory: &File) -> io::Result<()> {
-        if self.jail.is_none() {
-            return Ok(());
+/// A file in a jail that Firecracker writes the memory to. It is removed with this value.
+#[derive(Debug)]
+pub(super) struct Output {
+    /// Not opened anew by its name, in place of which a hostile process could put another.
+    file: File,
+    path: PathBuf,
+}
+
+impl Output {
+    /// Its name for Firecracker.
+    pub(super) const NAME: &str = MEMORY_OUT;
+
+    /// Copies what was written.
+    pub(super) fn copy_to(&self, memory: &File) -> io::Result<()> {
+        let (length, wanted) = (self.file.metadata()?.len(), memory.metadata()?.len());
+        if length != wanted {
+            return Err(io::Error::other(format!(
+                "{} has written {length} bytes of {wanted}",
+                super::NAME
+            )));
         }
-        let path = self.path.join(MEMORY_OUT);
-        sparse_copy(&File::open(&path)?, memory)?;
-        fs::remove_file(path)
+        sparse_copy(&self.file, memory)
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!("cannot remove {}: {error}", self.path.display());
+        }
     }
 }
 

@@ -17,7 +17,8 @@ use tokio::net::UnixListener;
 
 use super::configuration::NetworkInterface;
 use super::launch::{COMMAND_TIMEOUT, FirecrackerVm, MEMORY_NAME, STATE_NAME, check};
-use super::{Firecracker, NAME};
+use super::place::Output;
+use super::{Firecracker, NAME, hugepages};
 use crate::RestoreState;
 use crate::check::setup_failed;
 use crate::error::HypervisorError;
@@ -37,8 +38,9 @@ pub enum SavedMemory {
     Full,
     /// Over what the file holds. Of a VM that booted, the pages that the host has in memory for it, and so not
     /// what the host has swapped out. Of one that began with saved state, the pages that were written
-    /// since, or since it was saved the last time: first writes to a private mapping are
-    /// faults anyhow, and to track them costs next to nothing.
+    /// since, or since it was saved the last time: first writes to a private mapping of a file are
+    /// faults anyhow, and to track them costs next to nothing. In hugepages, which would be mapped in small pieces for
+    /// it, nothing is tracked: all pages that came are taken for written.
     Difference,
 }
 
@@ -72,6 +74,15 @@ struct NetworkOverride {
     host_dev_name: String,
 }
 
+/// Where it writes its memory.
+struct Target {
+    mem_file_path: String,
+    /// Its file in a jail, which is copied afterwards.
+    output: Option<Output>,
+    /// Who has the file for it.
+    _holder: Option<HelperProcess>,
+}
+
 impl FirecrackerVm {
     /// Saves the state, and the memory into a file of its size. The VM must be paused and stays so; its agent
     /// connects anew when it goes on.
@@ -85,7 +96,11 @@ impl FirecrackerVm {
         memory: &File,
         saved: SavedMemory,
     ) -> Result<DeviceState, HypervisorError> {
-        let (mem_file_path, _holder) = self.output(memory)?;
+        let Target {
+            mem_file_path,
+            output,
+            _holder,
+        } = self.target(memory)?;
         let request = CreateSnapshot {
             snapshot_type: match saved {
                 SavedMemory::Full => "Full",
@@ -99,9 +114,10 @@ impl FirecrackerVm {
             .put("/snapshot/create", &request, save_timeout(bytes))
             .await
             .map_err(|error| refused("saved", error))?;
-        self.place
-            .take_out(memory)
-            .map_err(|error| failed("saved", error.to_string()))?;
+        if let Some(output) = output {
+            let copied = output.copy_to(memory);
+            copied.map_err(|error| failed("saved", error.to_string()))?;
+        }
         let read = || {
             let length = self.state.metadata()?.len();
             let length = length.min(DEVICE_STATE_BYTES_MAX + 1);
@@ -114,27 +130,34 @@ impl FirecrackerVm {
         DeviceState::from_bytes(bytes)
     }
 
-    /// The name by which it can write to a file that has come when it ran already, and who has the file for
-    /// it: that is its owner's where it may look at its owner, which is in no other user namespace.
-    fn output(&self, memory: &File) -> Result<(String, Option<HelperProcess>), HypervisorError> {
-        if let Some(name) = self
-            .place
-            .output(memory)
-            .map_err(setup_failed("a file for the memory"))?
-        {
-            return Ok((name, None));
+    /// How it can write to a file that has come when it ran already: by a name of its owner's where it may look
+    /// at its owner, which is in no other user namespace.
+    fn target(&self, memory: &File) -> Result<Target, HypervisorError> {
+        let output = self.place.output(memory);
+        let output = output.map_err(setup_failed("a file for the memory"))?;
+        if output.is_some() {
+            return Ok(Target {
+                mem_file_path: Output::NAME.to_owned(),
+                output,
+                _holder: None,
+            });
         }
+        let by_name = |mem_file_path, _holder| Target {
+            mem_file_path,
+            output: None,
+            _holder,
+        };
         let path = |pid: i32, number: RawFd| format!("/proc/{pid}/fd/{number}");
         let Some(users) = &self.users else {
             let pid = rustix::process::getpid().as_raw_nonzero().get();
-            return Ok((path(pid, memory.as_raw_fd()), None));
+            return Ok(by_name(path(pid, memory.as_raw_fd()), None));
         };
         let hold = || {
             let mut command = HelperCommand::new("holder", Path::new(HOLDER));
             command.arg("infinity").namespaces(vec![users.try_clone()?]);
             let number = command.inherit(memory.try_clone()?.into())?;
             let holder = command.spawn()?;
-            Ok((path(holder.identity().pid, number), Some(holder)))
+            Ok(by_name(path(holder.identity().pid, number), Some(holder)))
         };
         hold().map_err(setup_failed("who holds a file for it"))
     }
@@ -149,6 +172,7 @@ fn save_timeout(memory_bytes: u64) -> Duration {
 #[derive(Debug)]
 pub struct FirecrackerStandby {
     vm: FirecrackerVm,
+    track_dirty_pages: bool,
     network_overrides: Vec<(&'static str, String)>,
 }
 
@@ -157,12 +181,16 @@ impl RestoreState for Firecracker {
 
     async fn prepare(&self, hardware: HardwareSpec) -> Result<FirecrackerStandby, HypervisorError> {
         check(&hardware, MemoryMapping::CopyOnWrite)?;
+        if self.hugepages() {
+            hugepages::check(hardware.memory.size())?;
+        }
         let network = match &hardware.network {
             Some(network) => Some(NetworkInterface::new(network)?),
             None => None,
         };
         let overrides = network.into_iter();
         Ok(FirecrackerStandby {
+            track_dirty_pages: !self.hugepages(),
             network_overrides: overrides
                 .map(|network| (network.iface_id, network.host_dev_name))
                 .collect(),
@@ -227,7 +255,7 @@ impl FirecrackerStandby {
                 backend_type,
                 backend_path,
             },
-            track_dirty_pages: true,
+            track_dirty_pages: self.track_dirty_pages,
             resume_vm: false,
             network_overrides: overrides
                 .map(|(iface_id, host_dev_name)| NetworkOverride {

@@ -131,7 +131,7 @@ pub(crate) fn main() {
     let plain = all.strip_suffix(" --enable-pci");
     let arguments = plain.unwrap_or(&all);
     match arguments.strip_prefix(JAILED_ARGUMENTS) {
-        Some(own) => assert_eq!(own, "--api-sock api --level Warning"),
+        Some(own) => assert_eq!(own, "--api-sock api --level Error"),
         None => assert_eq!(
             arguments,
             "--api-sock api --id fcvm --log-path /proc/self/fd/2 --level Warning"

@@ -80,8 +80,11 @@ async fn a_jailed_vm_has_its_files_its_user_and_its_processes() {
         "{numbers:?}"
     );
 
-    vm.pause().await.unwrap();
     let memory = memory_file();
+    vm.save(&memory, SavedMemory::Full).await.unwrap_err();
+    assert!(!root(&place).join("memory.out").exists());
+    // It stood not still, and can be saved when it does.
+    vm.pause().await.unwrap();
     let state = vm.save(&memory, SavedMemory::Full).await.unwrap();
     begins_with(&memory, fake::FULL_MEMORY);
     // A difference is written over what is there.

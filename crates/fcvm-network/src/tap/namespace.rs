@@ -83,16 +83,16 @@ pub fn check_tap(passt: Option<&Path>) -> Result<(), NetworkError> {
     open_tun()
         .at(Stage::TunDevice)
         .map_err(|(stage, errno)| stage.error(errno))?;
-    if !geteuid().is_root() && [LIMIT, DEBIANS, UBUNTUS].into_iter().any(forbids) {
+    if !is_passt_allowed() || !geteuid().is_root() && forbids(UBUNTUS) {
         return Err(Stage::Namespace.error(Errno::PERM));
     }
     Ok(())
 }
 
-/// Whether the host lets passt shut itself in a user namespace, without which it does not start.
-/// Ubuntu's switch does not forbid it to programs that have a profile, as passt has.
+/// Whether the host lets passt shut itself in a user namespace, without which it does not start. Root's passt does
+/// so as nobody. Ubuntu's switch does not forbid it to programs that have a profile, as passt has.
 pub fn is_passt_allowed() -> bool {
-    !forbids(LIMIT) && (geteuid().is_root() || !forbids(DEBIANS))
+    !forbids(LIMIT) && !forbids(DEBIANS)
 }
 
 /// What forbids to make user namespaces, and its value then: the kernel's limit, which counts for root too.

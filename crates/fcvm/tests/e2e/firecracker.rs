@@ -426,6 +426,14 @@ fn users_without_namespaces_are_told_and_have_qemu() {
         IMAGE,
         "true",
     ];
+    if is_root()
+        && let Some(roots) = Lab::new()
+    {
+        // Root's passt needs one too.
+        let line = roots.fails(125, &["run", "--rm", IMAGE, "true"]);
+        assert!(line.contains("max_user_namespaces"), "{line}");
+        roots.finish();
+    }
     // Nor has it passt then.
     let output = lab.fcvm(&run);
     assert_eq!(output.code, 0, "{output:?}");

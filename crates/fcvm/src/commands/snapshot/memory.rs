@@ -48,6 +48,11 @@ pub(super) fn choose(
         MemoryChoice::Uffd => "--memory uffd",
         _ if spec.hugepages => "hugepages can be had from a memory server only",
         _ if found.is_some() => "a memory server has this snapshot in memory already",
+        _ if spec.jail => {
+            return file(
+                "no memory server runs for this snapshot; each jail has a copy of the file, where --memory uffd brings what is touched",
+            );
+        }
         _ => {
             return file(
                 "no memory server runs for this snapshot, and clones of one command share a file's pages",

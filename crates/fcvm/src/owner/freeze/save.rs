@@ -77,24 +77,36 @@ impl RunningVm {
         };
         machine.pause().await.context("cannot pause the VM")?;
         watch.lap("stop");
-        let state = self.save_memory(machine, &file, saved).await;
-        if state.is_err() {
-            self.forget_baseline();
-        }
-        let state = state?;
-        seal(&file)?;
-        watch.lap("save");
-        if let Some(DiskPlan::Copy {
-            store, prepared, ..
-        }) = preparation.disk
-        {
-            store.freeze(prepared)?;
-        }
-        watch.lap("disk");
+        let saved = async {
+            let state = self.save_memory(machine, &file, saved).await?;
+            seal(&file)?;
+            watch.lap("save");
+            if let Some(DiskPlan::Copy {
+                store, prepared, ..
+            }) = preparation.disk
+            {
+                store.freeze(prepared)?;
+            }
+            watch.lap("disk");
+            Ok((state, file.try_clone()?))
+        };
+        let saved: anyhow::Result<(DeviceState, File)> = saved.await;
         let mut baseline = self.foundation.baseline.borrow_mut();
-        if !matches!(*baseline, Baseline::Zero) {
-            *baseline = Baseline::Known(file.try_clone()?);
-        }
+        let is_kept = !matches!(*baseline, Baseline::Zero);
+        let state = match saved {
+            Ok((state, base)) if is_kept => {
+                *baseline = Baseline::Known(base);
+                state
+            }
+            Ok((state, _)) => state,
+            Err(error) => {
+                if is_kept {
+                    // It may have taken the marks off pages that were written.
+                    *baseline = Baseline::Unknown;
+                }
+                return Err(error);
+            }
+        };
         Ok(Frozen {
             state,
             memory: file.into(),
@@ -123,13 +135,5 @@ impl RunningVm {
             }
         }
         Ok(machine.save(file, SavedMemory::Full).await?)
-    }
-
-    /// A save that failed may have taken the marks off pages that were written.
-    fn forget_baseline(&self) {
-        let mut baseline = self.foundation.baseline.borrow_mut();
-        if !matches!(*baseline, Baseline::Zero) {
-            *baseline = Baseline::Unknown;
-        }
     }
 }
