@@ -5,9 +5,9 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use serde_json::Value;
 
 use crate::lab::{BenchVm, Lab};
@@ -30,8 +30,10 @@ const MACHINE: [&str; 7] = [
 const WORK: &str = "cat /etc/hosts /proc/meminfo | md5sum >/dev/null; ls -lR /bin >/dev/null";
 /// Clones whose memory is weighed, all of one command.
 const CLONES: u64 = 10;
-/// Longest recording, seconds: each ends with its clone.
-const RECORD_S: &str = "3600";
+/// How long is recorded, seconds: longer than the command takes, also where the processor is emulated.
+const RECORD_S: &str = "20";
+/// How long to wait for what was recorded beyond that.
+const RECORD_WAIT: Duration = Duration::from_secs(40);
 /// The pages of two VMs of 256 MiB, one of which has them from a snapshot.
 const HUGEPAGES: u64 = 256;
 
@@ -196,11 +198,21 @@ fn statistics(lab: &Lab, name: &str) -> anyhow::Result<Value> {
 /// What a clone needs, as its server keeps it.
 fn record(lab: &Lab, tag: &str) -> anyhow::Result<Vec<u8>> {
     let path = Server::set_path(lab, tag);
-    let server = Server::start(lab, tag, None)?;
-    clone(lab, tag, "uffd")?;
-    // Its last word is of the clone, whose set is written by then.
-    server.end();
-    fs::read(&path).with_context(|| format!("nothing was recorded: {}", path.display()))
+    let _server = Server::start(lab, tag, None)?;
+    let name = format!("bench-recorded-{}", std::process::id());
+    let run = ["snapshot", "run", "--snapshot", tag, "--name", &name];
+    lab.run(&[&run[..], &["--memory", "uffd"]].concat())?;
+    let vm = BenchVm { lab, name };
+    work(lab, &vm.name)?;
+    // Until its time is over: what a clone that ends before has needed is recorded on by the next.
+    let started = Instant::now();
+    while !path.exists() {
+        if started.elapsed() > RECORD_WAIT {
+            bail!("nothing was recorded: {}", path.display());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(fs::read(&path)?)
 }
 
 /// A memory server, which is the only one.
@@ -233,19 +245,10 @@ impl Server {
         let output = server.process.stdout.take().context("it has no output")?;
         let mut line = String::new();
         BufReader::new(output).read_line(&mut line)?;
-        anyhow::ensure!(
-            !line.is_empty(),
-            "the memory server of {tag} does not start"
-        );
+        if line.is_empty() {
+            bail!("the memory server of {tag} does not start");
+        }
         Ok(server)
-    }
-
-    /// Ends it as a user would.
-    fn end(mut self) {
-        let _ = std::process::Command::new("kill")
-            .args(["-INT", &self.process.id().to_string()])
-            .status();
-        let _ = self.process.wait();
     }
 }
 
