@@ -20,6 +20,9 @@ pub(crate) struct Terminal {
     pub(crate) output: Collected,
 }
 
+/// What the terminal is.
+pub(crate) const TERM: &str = "vt220";
+
 impl Terminal {
     /// Runs fcvm in a new terminal of this size.
     pub(crate) fn start(lab: &Lab, rows: u16, columns: u16, arguments: &[&str]) -> Self {
@@ -34,6 +37,7 @@ impl Terminal {
         let mut command: Command =
             lab.tool("setsid", &[&["-c", lab.program()], arguments].concat());
         command.stdin(open()).stdout(open()).stderr(open());
+        command.env("TERM", TERM);
         let child = command.spawn().unwrap();
         drop(command);
         let own = File::from(own);

@@ -2,7 +2,7 @@
 
 use crate::base::IMAGE;
 use crate::lab::Lab;
-use crate::terminal::Terminal;
+use crate::terminal::{TERM, Terminal};
 
 #[test]
 fn a_shell_in_a_terminal() {
@@ -22,7 +22,7 @@ fn a_shell_in_a_terminal() {
     terminal.output.wait_for("# ");
     assert!(!terminal.is_cooked());
     terminal.type_in("echo $(stty size) $TERM; tty | tr a-z A-Z\r");
-    terminal.output.wait_for("31 97 xterm");
+    terminal.output.wait_for(&format!("31 97 {TERM}"));
     terminal.output.wait_for("/DEV/PTS/0");
     terminal.resize(40, 120);
     terminal
