@@ -61,6 +61,7 @@ pub(crate) fn measure(lab: &Lab, rounds: usize, report: &mut Report) -> anyhow::
         report.skip(format!("{PART}: no VM runs under Firecracker: {error:#}"));
         return Ok(());
     }
+    report.conditions.accelerator = Some("kvm, Firecracker".to_owned());
     let _snapshots = Snapshots(lab);
     snapshot(lab, TAGS[0], &[])?;
     let with_hugepages = has_hugepages();
