@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use fcvm_storage::Shelf;
 use fcvm_types::SnapshotTag;
+use fcvm_types::record::SnapshotReference;
 
 use crate::draft::Draft;
 use crate::error::SnapshotError;
@@ -230,6 +231,14 @@ impl SnapshotStore {
     /// There is none, it is damaged, or of a later version.
     pub fn open(&self, tag: &SnapshotTag) -> Result<Snapshot, SnapshotError> {
         Snapshot::open(self, tag)
+    }
+
+    /// Opens a snapshot that something was begun from; nothing where it is gone or cannot be used, or where another
+    /// has its tag.
+    pub fn referenced(&self, reference: &SnapshotReference) -> Option<Snapshot> {
+        let tag: SnapshotTag = reference.tag.parse().ok()?;
+        let found = self.open(&tag).ok()?;
+        (found.manifest().id.as_str() == reference.id).then_some(found)
     }
 
     /// All snapshots, in the order of their tags.

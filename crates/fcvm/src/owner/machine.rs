@@ -16,9 +16,10 @@ use fcvm_hypervisor::{
 };
 use fcvm_memory::page_file::anonymous_file;
 use fcvm_network::{Attachment, Backend, Card, HostResolver, HostRoutes, NetworkOptions};
+use fcvm_snapshot::SnapshotStore;
 use fcvm_storage::{Disk, DiskStore, Layer, LayerFormat, ScratchStore};
 use fcvm_types::guest::{ROOT_DISK_SERIAL, SCRATCH_DISK_SERIAL};
-use fcvm_types::record::{ProcessIdentity, Resource};
+use fcvm_types::record::{ProcessIdentity, Resource, SnapshotReference};
 use fcvm_types::{ByteSize, VmId};
 use rustix::pipe::PipeFlags;
 
@@ -75,6 +76,8 @@ pub(super) enum Baseline {
     Zero,
     /// The file holds all but what was written since.
     Known(File),
+    /// The snapshot does, from which a memory server brings it.
+    Stored(SnapshotStore, SnapshotReference),
     /// Nothing.
     Unknown,
 }
@@ -238,7 +241,13 @@ pub(super) async fn prepare_clone(
     let (network, interface) = connect(context, spec, entry, accelerator).await?;
     watch.lap("network");
     let (console, console_write) = console(entry)?;
-    let (memory, baseline) = clone_memory(template.memory, spec.memory_bytes)?;
+    let base = entry
+        .record
+        .lineage
+        .as_ref()
+        .and_then(|own| own.base.clone());
+    let base = base.map(|base| (context.snapshots(), base));
+    let (memory, baseline) = clone_memory(template.memory, spec.memory_bytes, base)?;
     let foundation = Foundation {
         hypervisor: hypervisor(context, spec, entry, &disks)?,
         cpu_count: spec.cpu_count,
@@ -272,6 +281,7 @@ pub(super) async fn prepare_clone(
 fn clone_memory(
     memory: TemplateMemory,
     memory_bytes: u64,
+    base: Option<(SnapshotStore, SnapshotReference)>,
 ) -> anyhow::Result<(GuestMemory, Baseline)> {
     let (file, baseline) = match memory {
         TemplateMemory::File(file) => {
@@ -281,7 +291,8 @@ fn clone_memory(
         // It comes with the state: this says how much it is.
         TemplateMemory::Served(_) => {
             let file = anonymous_file("fcvm-guest-memory", memory_bytes)?;
-            (file.into(), Baseline::Unknown)
+            let stored = base.map(|(store, base)| Baseline::Stored(store, base));
+            (file.into(), stored.unwrap_or(Baseline::Unknown))
         }
     };
     let memory = GuestMemory::copy_on_write(file).context("cannot use the memory")?;

@@ -81,6 +81,8 @@ fn memory_is_served_and_its_server_is_missed() {
 }
 
 fn serve(lab: &Lab, jail: bool) {
+    /// Of the source.
+    const PAGES: u64 = (128 << 20) / 4096;
     snapshot(lab, "base", jail);
     let server = lab.start(&["snapshot", "serve-memory", "base", "--record", "20"]);
     server.stdout.wait_for("\n");
@@ -91,8 +93,13 @@ fn serve(lab: &Lab, jail: bool) {
     let [recorded, ahead] = ["recorded", "ahead"].map(|name| faults(lab, name));
     // How far a slow host comes within what is recorded is its own.
     assert!(ahead * 2 <= recorded, "{ahead} faults after {recorded}");
+    // What it did not need is not asked for by its fork: the snapshot has it.
+    lab.sh("ahead", "echo more >> /dev/shm/state");
+    let before = faults(lab, "ahead");
     lab.ok(&["fork", "ahead", "--name", "forked"]);
-    assert_eq!(lab.sh("forked", STATE), "kept\n");
+    let asked = faults(lab, "ahead") - before;
+    assert!(asked < PAGES / 4, "{asked} faults while it was saved");
+    assert_eq!(lab.sh("forked", STATE), "kept\nmore\n");
 
     server.signal(Signal::KILL);
     server.wait();
@@ -102,7 +109,7 @@ fn serve(lab: &Lab, jail: bool) {
         assert!(error.contains("memory server has ended"), "{error}");
     }
     // What has memory of its own goes on, and a command starts a server where none runs.
-    assert_eq!(lab.sh("forked", STATE), "kept\n");
+    assert_eq!(lab.sh("forked", STATE), "kept\nmore\n");
     start(lab, "base", "started", "uffd");
     start(lab, "base", "mapped", "file");
     lab.ok(&["rm", "-f", "-a"]);

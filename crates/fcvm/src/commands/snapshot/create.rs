@@ -9,7 +9,7 @@ use fcvm_hypervisor::Accelerator;
 use fcvm_hypervisor::DeviceState;
 use fcvm_memory::PageFile;
 use fcvm_snapshot::{Draft, ManifestFields, Mark, RootImage, Snapshot, SnapshotStore, Stored};
-use fcvm_types::record::{Lineage, SnapshotReference, VmRecord};
+use fcvm_types::record::{Lineage, VmRecord};
 use fcvm_types::{SnapshotTag, VmName};
 
 use super::super::clones::{self, Family};
@@ -117,10 +117,7 @@ pub(crate) async fn keep(socket: &std::path::Path, record: &VmRecord) -> anyhow:
 
 /// The snapshot to which the VM's memory is a difference, where it is still there.
 fn parent(store: &SnapshotStore, record: &VmRecord) -> Option<Snapshot> {
-    let SnapshotReference { tag, id } = record.lineage.as_ref()?.base.as_ref()?;
-    let tag: SnapshotTag = tag.parse().ok()?;
-    let found = store.open(&tag).ok()?;
-    (found.manifest().id.as_str() == id).then_some(found)
+    store.referenced(record.lineage.as_ref()?.base.as_ref()?)
 }
 
 /// Writes all of it but the manifest, whose fields it gives.

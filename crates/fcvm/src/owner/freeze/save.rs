@@ -22,14 +22,25 @@ pub(super) struct Target {
     saved: SavedMemory,
 }
 
+/// Copies what the VM began with, over which the difference is to be written.
+fn over(base: &File, file: &File) -> anyhow::Result<SavedMemory> {
+    fcvm_storage::clone_file(base, file).context("cannot copy the VM's memory")?;
+    Ok(SavedMemory::Difference)
+}
+
 impl RunningVm {
     /// Makes a file ready for the memory, while the VM runs.
     pub(super) fn save_target(&self, file: File) -> anyhow::Result<Target> {
         let saved = match &*self.foundation.baseline.borrow() {
             Baseline::Zero => SavedMemory::Difference,
-            Baseline::Known(base) => {
-                fcvm_storage::clone_file(base, &file).context("cannot copy the VM's memory")?;
-                SavedMemory::Difference
+            Baseline::Known(base) => over(base, &file)?,
+            Baseline::Stored(store, base) => {
+                let stored = store.referenced(base);
+                match stored.and_then(|snapshot| snapshot.load_memory(|_, _| {}).ok()) {
+                    Some(base) => over(&base, &file)?,
+                    // It has been removed, or damaged: the VM has all that it needs.
+                    None => SavedMemory::Full,
+                }
             }
             Baseline::Unknown => SavedMemory::Full,
         };
