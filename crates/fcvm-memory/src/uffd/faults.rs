@@ -56,8 +56,8 @@ impl std::fmt::Display for SessionEnd {
 /// What the loop tells while it runs.
 #[derive(Debug)]
 pub(super) enum Progress {
-    /// All that was recorded has been brought.
-    Prefetched,
+    /// All that was recorded has been brought: so many pages.
+    Prefetched(u64),
     /// The recording is at its end.
     Recorded(WorkingSet),
 }
@@ -91,7 +91,10 @@ pub(super) struct FaultLoop<'a> {
     userfault: Userfault,
     layout: GuestLayout,
     source: &'a MemorySource,
-    statistics: &'a Mutex<PageServiceStatistics>,
+    /// What was done, and where it is shown after each turn: to hold the lock while the kernel has something
+    /// to do would leave it to the hypervisor for how long.
+    statistics: PageServiceStatistics,
+    shown: &'a Mutex<PageServiceStatistics>,
     /// Pages that were given back, and are zero now.
     removed: PageSet,
     waiting: VecDeque<Fault>,
@@ -107,13 +110,14 @@ impl<'a> FaultLoop<'a> {
         userfault: Userfault,
         layout: GuestLayout,
         source: &'a MemorySource,
-        statistics: &'a Mutex<PageServiceStatistics>,
+        shown: &'a Mutex<PageServiceStatistics>,
     ) -> Self {
         Self {
             userfault,
             layout,
             source,
-            statistics,
+            statistics: PageServiceStatistics::default(),
+            shown,
             removed: PageSet::new(source.page_count()),
             waiting: VecDeque::new(),
             failed: None,
@@ -147,7 +151,9 @@ impl<'a> FaultLoop<'a> {
         mut tell: impl FnMut(Progress),
     ) -> SessionEnd {
         let end = loop {
-            match self.turn(client, stop, &mut tell) {
+            let turned = self.turn(client, stop, &mut tell);
+            lock(self.shown).clone_from(&self.statistics);
+            match turned {
                 Ok(None) => {}
                 Ok(Some(end)) => break end,
                 Err(Errno::SRCH) => break SessionEnd::Exited,
@@ -184,7 +190,7 @@ impl<'a> FaultLoop<'a> {
             return Ok(Some(SessionEnd::Failed(reason)));
         }
         if self.prefetch.is_some() && self.bring_piece()? {
-            tell(Progress::Prefetched);
+            tell(Progress::Prefetched(self.statistics.prefetched_pages));
         }
         let now = Instant::now();
         if let Some(recorder) = self.recorder.take_if(|recorder| recorder.until <= now)
@@ -220,12 +226,10 @@ impl<'a> FaultLoop<'a> {
 
     /// Answers the faults that wait, until there is none for now.
     fn answer_all(&mut self) -> Result<(), Errno> {
-        let statistics = self.statistics;
-        let mut statistics = lock(statistics);
         let mut events = EventBuffer::new();
         for _ in 0..READS_MAX {
-            let count = self.read(&mut events, &mut statistics)?;
-            let is_held_up = self.answer_waiting(&mut events, &mut statistics)?;
+            let count = self.read(&mut events)?;
+            let is_held_up = self.answer_waiting(&mut events)?;
             if count == 0 || is_held_up || self.failed.is_some() {
                 break;
             }
@@ -235,14 +239,11 @@ impl<'a> FaultLoop<'a> {
 
     /// Reads events: notices take effect at once, faults wait for their turn. A fault that came before a
     /// notice may see either: the guest has two processors at one page then.
-    fn read(
-        &mut self,
-        events: &mut EventBuffer,
-        statistics: &mut PageServiceStatistics,
-    ) -> Result<usize, Errno> {
+    fn read(&mut self, events: &mut EventBuffer) -> Result<usize, Errno> {
         let Self {
             userfault,
             layout,
+            statistics,
             removed,
             waiting,
             failed,
@@ -264,11 +265,7 @@ impl<'a> FaultLoop<'a> {
     }
 
     /// Answers what waits; says whether something has to wait for the hypervisor.
-    fn answer_waiting(
-        &mut self,
-        events: &mut EventBuffer,
-        statistics: &mut PageServiceStatistics,
-    ) -> Result<bool, Errno> {
+    fn answer_waiting(&mut self, events: &mut EventBuffer) -> Result<bool, Errno> {
         while let Some(fault) = self.waiting.pop_front() {
             let Some(region) = self.layout.at_address(fault.address).copied() else {
                 let told = format!("it waits at {:#x}, in no region", fault.address);
@@ -279,9 +276,9 @@ impl<'a> FaultLoop<'a> {
             let filled = match self.fill(&region, run) {
                 Ok(filled) => filled,
                 Err(Errno::AGAIN) => {
-                    statistics.retries += 1;
+                    self.statistics.retries += 1;
                     self.waiting.push_front(fault);
-                    if self.read(events, statistics)? == 0 {
+                    if self.read(events)? == 0 {
                         return Ok(true);
                     }
                     continue;
@@ -289,7 +286,7 @@ impl<'a> FaultLoop<'a> {
                 Err(errno) => return Err(errno),
             };
             self.note(run, &filled);
-            count(statistics, run, &filled, fault.since.elapsed());
+            count(&mut self.statistics, run, &filled, fault.since.elapsed());
         }
         Ok(false)
     }
@@ -349,7 +346,7 @@ impl<'a> FaultLoop<'a> {
                 Ok(pages) => prefetch.advance(pages),
                 // What came in between is read before the next try.
                 Err(Errno::AGAIN) => {
-                    lock(self.statistics).retries += 1;
+                    self.statistics.retries += 1;
                     std::thread::yield_now();
                 }
                 Err(errno) => return Err(errno),
@@ -357,7 +354,7 @@ impl<'a> FaultLoop<'a> {
             self.prefetch = Some(prefetch);
             return Ok(false);
         }
-        lock(self.statistics).prefetch_us +=
+        self.statistics.prefetch_us +=
             u64::try_from(prefetch.started.elapsed().as_micros()).unwrap_or(u64::MAX);
         Ok(true)
     }
@@ -385,14 +382,13 @@ impl<'a> FaultLoop<'a> {
             Some(bytes) => self.userfault.copy(address, bytes),
             None => self.userfault.zero(address, count * PAGE_BYTES),
         };
-        let mut statistics = lock(self.statistics);
         match done {
             Ok(bytes) => {
-                statistics.prefetched_pages += bytes / PAGE_BYTES;
+                self.statistics.prefetched_pages += bytes / PAGE_BYTES;
                 Ok(bytes / PAGE_BYTES)
             }
             Err(Errno::EXIST | Errno::NOENT) => {
-                statistics.prefetch_late_pages += 1;
+                self.statistics.prefetch_late_pages += 1;
                 Ok(1)
             }
             Err(errno) => Err(errno),
@@ -409,12 +405,11 @@ impl<'a> FaultLoop<'a> {
         let huge = page_of(region, address);
         let done = huge.first + huge.count - run.first;
         if !prefetch.placed.contains(huge.first) {
-            let filled = self.fill(region, huge)?;
-            let mut statistics = lock(self.statistics);
-            match filled {
-                Filled::Already => statistics.prefetch_late_pages += huge.count,
-                Filled::Data | Filled::Zero => statistics.prefetched_pages += huge.count,
-            }
+            let pages = match self.fill(region, huge)? {
+                Filled::Already => &mut self.statistics.prefetch_late_pages,
+                Filled::Data | Filled::Zero => &mut self.statistics.prefetched_pages,
+            };
+            *pages += huge.count;
             prefetch.placed.insert(huge);
         }
         Ok(done.min(run.count))
@@ -533,4 +528,66 @@ fn remove(layout: &GuestLayout, removed: &mut PageSet, start: u64, end: u64) -> 
         }
     }
     pages
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+    use std::sync::atomic::Ordering;
+    use std::sync::mpsc::channel;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+    use crate::page_file::{anonymous_file, seal};
+    use crate::uffd::{Faults, GuestMemory};
+
+    const PAGES: u64 = 8;
+
+    fn source() -> MemorySource {
+        let file = anonymous_file("fcvm-test", PAGES * PAGE_BYTES).unwrap();
+        file.write_all_at(&7_u64.to_ne_bytes(), PAGE_BYTES).unwrap();
+        seal(&file).unwrap();
+        MemorySource::new(&file).unwrap()
+    }
+
+    #[test]
+    fn a_page_comes_while_others_look_at_the_statistics() {
+        let all = Userfault::create(Faults::All);
+        let Ok(userfault) = all.or_else(|_| Userfault::create(Faults::OfUserMode)) else {
+            println!("skipped: this user may not use userfaultfd");
+            return;
+        };
+        let memory = GuestMemory::anonymous(PAGES * PAGE_BYTES, false).unwrap();
+        memory.register(&userfault).unwrap();
+        let region = Region {
+            address: memory.address(),
+            bytes: memory.bytes(),
+            offset: 0,
+            page_bytes: PAGE_BYTES,
+        };
+        let message = serde_json::to_vec(&[region]).unwrap();
+        let layout = GuestLayout::parse(&message, memory.bytes()).unwrap();
+        let source = source();
+        let shown = Mutex::default();
+        let event = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let (never, stop) = (event(), event());
+        std::thread::scope(|scope| {
+            let faults = FaultLoop::new(userfault, layout, &source, &shown);
+            let serving = scope.spawn(|| faults.run(never.as_fd(), stop.as_fd(), |_| {}));
+            let looking = lock(&shown);
+            let (sender, found) = channel();
+            let touched = &memory;
+            scope.spawn(move || {
+                let _ = sender.send(touched.word(PAGE_BYTES).load(Ordering::Relaxed));
+            });
+            let found = found.recv_timeout(Duration::from_secs(60));
+            drop(looking);
+            rustix::io::write(&stop, &1_u64.to_ne_bytes()).unwrap();
+            assert_eq!(serving.join().unwrap(), SessionEnd::Stopped);
+            assert_eq!(found, Ok(7));
+        });
+        assert_eq!(lock(&shown).faults, 1);
+    }
 }

@@ -538,8 +538,7 @@ impl Client {
             faults.record(Recorder::new(pages, set.as_deref(), until));
         }
         faults.run(process, shared.stop.as_fd(), |progress| match progress {
-            Progress::Prefetched => {
-                let pages = lock(&self.statistics).prefetched_pages;
+            Progress::Prefetched(pages) => {
                 let pid = self.pid;
                 self.tell(Message::Notice(Notice::Prefetched { pid, pages }));
             }
