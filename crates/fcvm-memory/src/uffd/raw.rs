@@ -308,12 +308,72 @@ pub(super) fn peer_process(socket: impl AsFd) -> io::Result<OwnedFd> {
         // SAFETY: the kernel has just made it for us.
         return Ok(unsafe { OwnedFd::from_raw_fd(number) });
     }
-    match Errno::from_io_error(&io::Error::last_os_error()) {
-        Some(Errno::NOPROTOOPT | Errno::INVAL) => {
-            let peer = rustix::net::sockopt::socket_peercred(&socket)?;
-            let flags = rustix::process::PidfdFlags::empty();
-            Ok(rustix::process::pidfd_open(peer.pid, flags)?)
+    if let Some(error) = explained(io::Error::last_os_error()) {
+        return Err(error);
+    }
+    let peer = rustix::net::sockopt::socket_peercred(&socket)?;
+    let flags = rustix::process::PidfdFlags::empty();
+    Ok(rustix::process::pidfd_open(peer.pid, flags)?)
+}
+
+/// Why the kernel gives no pidfd of a peer; `None` where it knows no such option. The number of a process that
+/// has ended may be another's by now.
+fn explained(error: io::Error) -> Option<io::Error> {
+    match Errno::from_io_error(&error) {
+        Some(Errno::NOPROTOOPT) => None,
+        Some(Errno::INVAL | Errno::SRCH | Errno::NODATA) => {
+            Some(io::Error::other("the process has ended"))
         }
-        _ => Err(io::Error::other("the process has ended")),
+        _ => Some(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::process::Command;
+
+    use rustix::event::{PollFd, PollFlags, Timespec};
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_has_ended_is_not_looked_up_by_its_number() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let client = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--ignored",
+                "--exact",
+                "uffd::raw::tests::connecting_process",
+            ])
+            .env("FCVM_TEST_SOCKET", &path)
+            .status();
+        assert!(client.unwrap().success());
+        let (socket, _) = listener.accept().unwrap();
+        match peer_process(&socket) {
+            // Since Linux 6.16: it can be read, as of each that has ended.
+            Ok(process) => {
+                let mut polled = [PollFd::new(&process, PollFlags::IN)];
+                let now = Timespec::default();
+                assert_eq!(rustix::event::poll(&mut polled, Some(&now)), Ok(1));
+            }
+            Err(error) => assert_eq!(error.to_string(), "the process has ended"),
+        }
+        let ended = explained(Errno::INVAL.into()).unwrap();
+        assert_eq!(ended.to_string(), "the process has ended");
+        assert!(explained(Errno::NOPROTOOPT.into()).is_none());
+        // One that is there is found.
+        let (one, _other) = UnixStream::pair().unwrap();
+        peer_process(&one).unwrap();
+    }
+
+    #[test]
+    #[ignore = "the peer of the other test: a process of its own"]
+    fn connecting_process() {
+        if let Some(path) = std::env::var_os("FCVM_TEST_SOCKET") {
+            UnixStream::connect(path).unwrap();
+        }
     }
 }
