@@ -34,8 +34,6 @@ const CONNECTIONS_MAX: usize = 1024;
 pub struct ServerOptions {
     /// What the memory is of, for those who look for a server.
     pub name: String,
-    /// Users whose processes may connect, besides the server's own.
-    pub users: Vec<u32>,
     /// How long the pages of a clone are recorded, where there is no complete working set.
     pub record_window: Duration,
     /// End when the last clone has ended.
@@ -48,7 +46,6 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             name: String::new(),
-            users: Vec::new(),
             record_window: Duration::from_secs(10),
             ends_when_idle: false,
             working_set: None,
@@ -267,21 +264,18 @@ impl Server {
         }
     }
 
-    /// Hears a connection of a user who may connect.
+    /// Hears a connection of the server's own user.
     fn start(&mut self, socket: UnixStream) -> Result<(), ServerError> {
         let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
             return Ok(());
         };
-        let user = peer.uid.as_raw();
-        let own = rustix::process::geteuid().as_raw();
-        if user != own && !self.shared.options.users.contains(&user) {
-            self.tell_self(Message::Refused(
-                peer.pid.as_raw_nonzero().get(),
-                format!("user {user} may not connect"),
-            ));
+        let pid = peer.pid.as_raw_nonzero().get();
+        if peer.uid != rustix::process::geteuid() {
+            let told = format!("user {} may not connect", peer.uid.as_raw());
+            self.tell_self(Message::Refused(pid, told));
             return Ok(());
         }
-        self.listen_to(socket, peer.pid.as_raw_nonzero().get(), user == own)
+        self.listen_to(socket, pid, true)
     }
 
     /// Hears a connection in a thread of its own: its message may be long in coming.
@@ -467,7 +461,7 @@ impl Client {
                 };
             }
             Received::Question(_) | Received::Handed(..) => {
-                return refused("this user may not ask".to_owned());
+                return refused("what is handed over may not ask".to_owned());
             }
             Received::Hypervisor(message, descriptor) => (message, descriptor),
         };

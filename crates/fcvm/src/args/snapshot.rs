@@ -142,9 +142,6 @@ pub(crate) struct ServeMemoryArguments {
     /// End when the last clone has ended
     #[arg(long)]
     pub(crate) exit_when_idle: bool,
-    /// Users whose hypervisors may connect, by number, besides the caller's own
-    #[arg(long, value_name = "UID")]
-    pub(crate) user: Vec<u32>,
     /// How long the pages of a clone are recorded, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=3600))]
     pub(crate) record: u64,

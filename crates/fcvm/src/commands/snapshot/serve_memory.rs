@@ -27,7 +27,6 @@ pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> 
     let source = MemorySource::new(&load_memory(&snapshot)?)?;
     let options = ServerOptions {
         name: snapshot.manifest().id.to_string(),
-        users: arguments.user.clone(),
         record_window: Duration::from_secs(arguments.record),
         ends_when_idle: arguments.exit_when_idle,
         working_set,
