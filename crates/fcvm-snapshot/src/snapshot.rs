@@ -193,13 +193,18 @@ impl Snapshot {
         set.map(Some).map_err(|source| self.memory_error(source))
     }
 
-    /// Keeps the pages that a clone asked for, in place of what was kept before. It is there whole or not
-    /// at all, and it is no loss when it is not.
+    /// Keeps the pages that a clone asked for, in place of what was kept before, but not a part in place of
+    /// what was recorded whole: says whether it is kept. It is there whole or not at all, and it is no
+    /// loss when it is not.
     ///
     /// # Errors
     ///
     /// The snapshot was removed, or the file system is full.
-    pub fn store_working_set(&self, set: &WorkingSet) -> Result<(), SnapshotError> {
+    pub fn store_working_set(&self, set: &WorkingSet) -> Result<bool, SnapshotError> {
+        let kept = self.working_set().ok().flatten();
+        if !set.is_complete() && kept.is_some_and(|kept| kept.is_complete()) {
+            return Ok(false);
+        }
         let write = || {
             let path = self
                 .path
@@ -216,7 +221,8 @@ impl Snapshot {
             }
             written
         };
-        write().map_err(SnapshotError::io("keep a working set", &self.path))
+        write().map_err(SnapshotError::io("keep a working set", &self.path))?;
+        Ok(true)
     }
 
     /// Its id as 128 bits.

@@ -77,7 +77,17 @@ fn a_working_set_is_kept_with_its_snapshot_alone() {
     let pages: Vec<u64> = set.runs().iter().map(|run| run.first).collect();
     assert_eq!((pages, set.is_complete()), (vec![5, 1], true));
     // Kept anew it is the same file; another snapshot's is refused.
-    one.store_working_set(&set).unwrap();
+    assert!(one.store_working_set(&set).unwrap());
+    assert_eq!(fs::read(path("one")).unwrap(), bytes);
+    // A part of one does not take its place.
+    let mut part = bytes.clone();
+    part[12] = 0;
+    let checksum = crc32c::crc32c_append(crc32c::crc32c(&part[..44]), &part[48..]);
+    part[44..48].copy_from_slice(&checksum.to_le_bytes());
+    fs::write(path("one"), &part).unwrap();
+    let part = one.working_set().unwrap().unwrap();
+    assert!(!part.is_complete() && one.store_working_set(&set).unwrap());
+    assert!(!one.store_working_set(&part).unwrap());
     assert_eq!(fs::read(path("one")).unwrap(), bytes);
     assert_eq!(
         fs::metadata(path("one")).unwrap().permissions().mode() & 0o777,
@@ -86,7 +96,7 @@ fn a_working_set_is_kept_with_its_snapshot_alone() {
     fs::copy(path("one"), path("two")).unwrap();
     let error = two.working_set().unwrap_err().to_string();
     assert!(error.contains("of another snapshot"), "{error}");
-    two.store_working_set(&set).unwrap();
+    assert!(two.store_working_set(&set).unwrap());
     assert_eq!(two.working_set().unwrap().as_ref(), Some(&set));
     // It goes with the snapshot, which is as good without it.
     one.verify().unwrap();

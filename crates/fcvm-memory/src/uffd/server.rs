@@ -342,8 +342,12 @@ impl Server {
                 tell(ServerEvent::Refused { pid, reason });
             }
             Message::Recorded(set) => {
-                tell(ServerEvent::Recorded(&set));
-                *lock(&self.shared.working_set) = Some(Arc::new(set));
+                let kept = lock(&self.shared.working_set).clone();
+                // Not that of a clone that ended early, where another one's is whole.
+                if set.is_complete() || kept.is_none_or(|kept| !kept.is_complete()) {
+                    tell(ServerEvent::Recorded(&set));
+                    *lock(&self.shared.working_set) = Some(Arc::new(set));
+                }
             }
             Message::Asked(socket, question) => {
                 self.sessions.retain(|(other, _)| *other != id);
@@ -552,4 +556,42 @@ fn has_ended(socket: &UnixStream) -> bool {
     let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
     let now = rustix::event::Timespec::default();
     rustix::event::poll(&mut polled, Some(&now)).is_ok() && !polled[0].revents().is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PageRun;
+    use crate::page_file::{anonymous_file, seal};
+
+    fn server(directory: &Path) -> Server {
+        let file = anonymous_file("fcvm-test", crate::PAGE_BYTES).unwrap();
+        seal(&file).unwrap();
+        let source = Arc::new(MemorySource::new(&file).unwrap());
+        Server::bind(&directory.join("socket"), source, ServerOptions::default()).unwrap()
+    }
+
+    #[test]
+    fn what_was_recorded_whole_is_not_given_up_for_a_part() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut server = server(directory.path());
+        let set = |is_complete| {
+            let mut recorder = Recorder::new(1, None, Instant::now());
+            recorder.note(PageRun { first: 0, count: 1 });
+            recorder.finish(is_complete).unwrap()
+        };
+        let mut told = Vec::new();
+        for is_complete in [false, true, false, true] {
+            server.take(0, Message::Recorded(set(is_complete)), &mut |event| {
+                if let ServerEvent::Recorded(set) = event {
+                    told.push(set.is_complete());
+                }
+            });
+        }
+        assert_eq!(told, [false, true, true]);
+        assert_eq!(
+            lock(&server.shared.working_set).as_deref(),
+            Some(&set(true))
+        );
+    }
 }

@@ -74,10 +74,11 @@ fn note(snapshot: &Snapshot, event: &ServerEvent<'_>) {
             tracing::debug!(target: "memory", "process {pid} was not heard: {reason}");
         }
         ServerEvent::Recorded(set) => match snapshot.store_working_set(set) {
-            Ok(()) => {
+            Ok(true) => {
                 let pages = set.page_count();
                 tracing::info!(target: "memory", "{pages} pages come ahead from now on");
             }
+            Ok(false) => {}
             Err(error) => tracing::warn!(target: "memory", "{error}"),
         },
         _ => {}
