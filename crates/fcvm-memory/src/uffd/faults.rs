@@ -25,6 +25,8 @@ use crate::{PAGE_BYTES, PageRun};
 const PREFETCH_PAGES_MAX: u64 = 256;
 /// How often events are read before the other descriptors are looked at.
 const READS_MAX: usize = 32;
+/// How often pages that come ahead are told of, at most.
+pub(super) const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
 /// How long to wait for what makes a page possible again and no event tells: the thread that gave pages
 /// back has to run.
 const AGAIN_WAIT: Duration = Duration::from_micros(500);
@@ -56,6 +58,8 @@ impl std::fmt::Display for SessionEnd {
 /// What the loop tells while it runs.
 #[derive(Debug)]
 pub(super) enum Progress {
+    /// So many pages of what was recorded have been brought.
+    Prefetching(u64),
     /// All that was recorded has been brought: so many pages.
     Prefetched(u64),
     /// The recording is at its end.
@@ -84,6 +88,9 @@ struct Prefetch {
     /// Those that were brought, where hugepages hold several runs.
     placed: PageSet,
     started: Instant,
+    /// When it was told last how far it has got, and after how long that is told again.
+    told: Instant,
+    period: Duration,
 }
 
 /// Serves one clone.
@@ -127,14 +134,17 @@ impl<'a> FaultLoop<'a> {
         }
     }
 
-    /// Brings these pages ahead.
-    pub(super) fn prefetch(&mut self, set: &WorkingSet) {
+    /// Brings these pages ahead, and tells after each period how far that has got.
+    pub(super) fn prefetch(&mut self, set: &WorkingSet, period: Duration) {
+        let now = Instant::now();
         self.prefetch = Some(Prefetch {
             runs: set.in_portions(),
             index: 0,
             done: 0,
             placed: PageSet::new(self.source.page_count()),
-            started: Instant::now(),
+            started: now,
+            told: now,
+            period,
         });
     }
 
@@ -189,8 +199,8 @@ impl<'a> FaultLoop<'a> {
         if let Some(reason) = self.failed.take() {
             return Ok(Some(SessionEnd::Failed(reason)));
         }
-        if self.prefetch.is_some() && self.bring_piece()? {
-            tell(Progress::Prefetched(self.statistics.prefetched_pages));
+        if let Some(progress) = self.bring_piece()? {
+            tell(progress);
         }
         let now = Instant::now();
         if let Some(recorder) = self.recorder.take_if(|recorder| recorder.until <= now)
@@ -335,15 +345,23 @@ impl<'a> FaultLoop<'a> {
         }
     }
 
-    /// Brings some pages with one call; says whether that was the end of it.
-    fn bring_piece(&mut self) -> Result<bool, Errno> {
+    /// Brings some pages with one call; says how far that is, where it is time to.
+    fn bring_piece(&mut self) -> Result<Option<Progress>, Errno> {
         let Some(mut prefetch) = self.prefetch.take() else {
-            return Ok(false);
+            return Ok(None);
         };
         if let Some(run) = prefetch.rest() {
             let brought = self.bring(&mut prefetch, run);
+            let mut progress = None;
             match brought {
-                Ok(pages) => prefetch.advance(pages),
+                Ok(pages) => {
+                    prefetch.advance(pages);
+                    if prefetch.told.elapsed() >= prefetch.period {
+                        prefetch.told = Instant::now();
+                        let pages = self.statistics.prefetched_pages;
+                        progress = Some(Progress::Prefetching(pages));
+                    }
+                }
                 // What came in between is read before the next try.
                 Err(Errno::AGAIN) => {
                     self.statistics.retries += 1;
@@ -352,11 +370,11 @@ impl<'a> FaultLoop<'a> {
                 Err(errno) => return Err(errno),
             }
             self.prefetch = Some(prefetch);
-            return Ok(false);
+            return Ok(progress);
         }
         self.statistics.prefetch_us +=
             u64::try_from(prefetch.started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        Ok(true)
+        Ok(Some(Progress::Prefetched(self.statistics.prefetched_pages)))
     }
 
     /// Brings the first pages of a run; says how many of it are done with.

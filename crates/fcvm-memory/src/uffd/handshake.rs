@@ -188,8 +188,9 @@ impl GuestLayout {
 /// What came over a connection.
 #[derive(Debug)]
 pub(super) enum Received {
-    /// A hypervisor's message, and its descriptor.
-    Hypervisor(Vec<u8>, OwnedFd),
+    /// A hypervisor's message with its descriptor, or what is wrong with it: it came with descriptors, and is no
+    /// question.
+    Hypervisor(Result<(Vec<u8>, OwnedFd), HandshakeError>),
     /// A message without descriptors, of somebody who asks.
     Question(Vec<u8>),
     /// A question with a descriptor.
@@ -215,23 +216,26 @@ pub(super) fn receive(socket: &UnixStream) -> Result<Received, HandshakeError> {
     if received.bytes == 0 {
         return Err(HandshakeError::Closed);
     }
-    if received.bytes > MESSAGE_BYTES_MAX {
-        return Err(HandshakeError::TooLong);
-    }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        let found = format!("more than {DESCRIPTORS_MAX}");
-        return Err(HandshakeError::Descriptors(found));
-    }
-    bytes.truncate(received.bytes);
     let is_question = bytes.first() == Some(&b'{');
-    match (descriptors.pop(), descriptors.len()) {
-        (Some(descriptor), 0) if is_question => Ok(Received::Handed(bytes, descriptor)),
-        (Some(descriptor), 0) => Ok(Received::Hypervisor(bytes, descriptor)),
-        (None, _) if is_question => Ok(Received::Question(bytes)),
-        (last, others) => {
-            let found = others + usize::from(last.is_some());
-            Err(HandshakeError::Descriptors(found.to_string()))
-        }
+    let is_cut = received.flags.contains(ReturnFlags::CTRUNC);
+    let has_descriptors = is_cut || !descriptors.is_empty();
+    let checked = if received.bytes > MESSAGE_BYTES_MAX {
+        Err(HandshakeError::TooLong)
+    } else if is_cut {
+        let found = format!("more than {DESCRIPTORS_MAX}, or than the server has room for");
+        Err(HandshakeError::Descriptors(found))
+    } else if descriptors.len() > 1 || !(is_question || has_descriptors) {
+        Err(HandshakeError::Descriptors(descriptors.len().to_string()))
+    } else {
+        bytes.truncate(received.bytes);
+        Ok((bytes, descriptors.pop()))
+    };
+    match checked {
+        Ok((bytes, Some(descriptor))) if is_question => Ok(Received::Handed(bytes, descriptor)),
+        Ok((bytes, Some(descriptor))) => Ok(Received::Hypervisor(Ok((bytes, descriptor)))),
+        Ok((bytes, None)) => Ok(Received::Question(bytes)),
+        Err(error) if has_descriptors && !is_question => Ok(Received::Hypervisor(Err(error))),
+        Err(error) => Err(error),
     }
 }
 

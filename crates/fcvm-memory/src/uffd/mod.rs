@@ -18,6 +18,7 @@ mod raw;
 mod server;
 mod source;
 mod watch;
+mod watchers;
 mod working_set;
 
 pub use faults::SessionEnd;

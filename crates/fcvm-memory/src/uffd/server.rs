@@ -11,21 +11,26 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fcvm_types::memory::PageServiceStatistics;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
-use super::faults::{FaultLoop, Progress, SessionEnd, lock};
+use super::faults::{FaultLoop, PROGRESS_PERIOD, Progress, SessionEnd, lock};
 use super::handshake::{GuestLayout, HandshakeError, Received, receive};
 use super::raw::{Userfault, peer_process};
 use super::source::MemorySource;
 use super::watch::{Notice, Question, Summary, encoded};
+use super::watchers::Watchers;
 use super::working_set::{Recorder, WorkingSet};
 
 /// How long a connection may take until its message is there.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// How long the clones' threads may take to end. They wait for nothing that takes time.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long one who has asked may take to read the answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+/// How long no connection is taken where there is no room for one, unless one ends before.
+const PAUSE: Duration = Duration::from_millis(100);
 /// Connections that can wait to be watched or served at a time: more than VMs fit into a host.
 const CONNECTIONS_MAX: usize = 1024;
 
@@ -36,8 +41,10 @@ pub struct ServerOptions {
     pub name: String,
     /// How long the pages of a clone are recorded, where there is no complete working set.
     pub record_window: Duration,
-    /// End when the last clone has ended.
-    pub ends_when_idle: bool,
+    /// How often those who watch are told how much of what was recorded has come.
+    pub progress_period: Duration,
+    /// End when neither a clone nor one who watches is there any more, or when none has come for so long.
+    pub idle_limit: Option<Duration>,
     /// What was recorded of the snapshot before.
     pub working_set: Option<WorkingSet>,
 }
@@ -47,7 +54,8 @@ impl Default for ServerOptions {
         Self {
             name: String::new(),
             record_window: Duration::from_secs(10),
-            ends_when_idle: false,
+            progress_period: PROGRESS_PERIOD,
+            idle_limit: None,
             working_set: None,
         }
     }
@@ -78,13 +86,6 @@ pub enum ServerError {
 pub enum ServerEvent<'a> {
     /// What those who watch are told too.
     Notice(&'a Notice),
-    /// A connection that was no clone's.
-    Refused {
-        /// Who.
-        pid: i32,
-        /// Why.
-        reason: &'a str,
-    },
     /// The pages of a clone were recorded: to be kept with the snapshot.
     Recorded(&'a WorkingSet),
 }
@@ -92,7 +93,6 @@ pub enum ServerEvent<'a> {
 /// What the threads tell the server.
 enum Message {
     Notice(Notice),
-    Refused(i32, String),
     Recorded(WorkingSet),
     Asked(UnixStream, Vec<u8>),
     Handed(UnixStream),
@@ -125,7 +125,15 @@ pub struct Server {
     messages: Receiver<(u64, Message)>,
     sessions: Vec<(u64, Session)>,
     next_session: u64,
-    watchers: Vec<UnixStream>,
+    watchers: Watchers,
+    /// A descriptor to give up where there are no more, so that a connection can be refused.
+    spare: Option<OwnedFd>,
+    /// No connection is taken before.
+    paused_until: Option<Instant>,
+    started: Instant,
+    /// A clone or one who watches has been there.
+    was_used: bool,
+    is_stopping: bool,
     /// Those that are not served any more.
     ended: PageServiceStatistics,
     ended_count: u64,
@@ -183,7 +191,12 @@ impl Server {
             messages,
             sessions: Vec::new(),
             next_session: 0,
-            watchers: Vec::new(),
+            watchers: Watchers::default(),
+            spare: None,
+            paused_until: None,
+            started: Instant::now(),
+            was_used: false,
+            is_stopping: false,
             ended: PageServiceStatistics::default(),
             ended_count: 0,
         })
@@ -194,15 +207,16 @@ impl Server {
         Stopper(Arc::clone(&self.shared))
     }
 
-    /// Serves until it is told to stop, or, if that is asked for, until the last clone has ended. Clones
+    /// Serves until it is told to stop, or, if that is asked for, until nobody is there any more. Clones
     /// that are left are killed: they could not go on. `tell` is told what happens.
     ///
     /// # Errors
     ///
-    /// No connection can be taken any more.
+    /// The socket fails. Where the process has no room for another connection, that one is refused.
     pub fn run(mut self, mut tell: impl FnMut(ServerEvent<'_>)) -> Result<Summary, ServerError> {
         let served = self.serve(&mut tell);
         signal(&self.shared.stop);
+        self.is_stopping = true;
         // Those that have sent their memory and were not taken yet wait for it too.
         let _ = std::fs::remove_file(&self.path);
         let served = served.and_then(|()| self.accept_all());
@@ -221,73 +235,130 @@ impl Server {
 
     fn serve(&mut self, tell: &mut impl FnMut(ServerEvent<'_>)) -> Result<(), ServerError> {
         loop {
-            let shared = Arc::clone(&self.shared);
-            let mut polled = [
-                PollFd::new(&self.listener, PollFlags::IN),
-                PollFd::new(&shared.stop, PollFlags::IN),
-                PollFd::new(&shared.told, PollFlags::IN),
-            ];
-            match rustix::event::poll(&mut polled, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(io::Error::from(errno).into()),
-            }
-            let [may_accept, is_stopped, has_messages] =
-                polled.map(|one| !one.revents().is_empty());
+            let [is_stopped, has_messages, may_accept, has_left] = self.wait()?;
             if is_stopped {
                 return Ok(());
             }
             if has_messages {
-                let _ = rustix::io::read(&shared.told, &mut [0; 8]);
+                let _ = rustix::io::read(&self.shared.told, &mut [0; 8]);
+                // What has ended leaves room.
+                self.paused_until = None;
                 self.hear(tell);
             }
-            let may_be_idle = self.shared.options.ends_when_idle && self.ended_count > 0;
-            if may_accept || may_be_idle {
+            if has_left {
+                self.watchers.sweep();
+            }
+            if may_accept || self.is_idle() {
                 self.accept_all()?;
             }
-            if may_be_idle && self.sessions.is_empty() {
+            if self.is_idle() {
                 return Ok(());
             }
         }
+    }
+
+    /// Waits for something to do; says what: to stop, to hear messages, to take connections, to look for watchers
+    /// that have left.
+    fn wait(&mut self) -> Result<[bool; 4], ServerError> {
+        let now = Instant::now();
+        self.paused_until.take_if(|until| *until <= now);
+        let idle_at = self.shared.options.idle_limit;
+        // Others that are there tell when they leave.
+        let idle_at = idle_at.filter(|_| !self.was_used && self.sessions.is_empty());
+        let until = [
+            self.paused_until,
+            idle_at.and_then(|limit| self.started.checked_add(limit)),
+        ];
+        let limit = until.into_iter().flatten().min();
+        let limit = limit.map(|until| until.saturating_duration_since(now));
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        let accepted = match self.paused_until {
+            Some(_) => PollFlags::empty(),
+            None => PollFlags::IN,
+        };
+        let mut polled = vec![
+            PollFd::new(&self.shared.stop, PollFlags::IN),
+            PollFd::new(&self.shared.told, PollFlags::IN),
+            PollFd::new(&self.listener, accepted),
+        ];
+        polled.extend(self.watchers.polled());
+        match rustix::event::poll(&mut polled, limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(io::Error::from(errno).into()),
+        }
+        let is_ready = |one: &PollFd<'_>| !one.revents().is_empty();
+        let (own, watchers) = polled.split_at(3);
+        let [stop, told, listener] = [0, 1, 2].map(|index| is_ready(&own[index]));
+        Ok([stop, told, listener, watchers.iter().any(is_ready)])
+    }
+
+    /// Whether it is to end, as nobody is there any more or nobody has come.
+    fn is_idle(&self) -> bool {
+        let Some(limit) = self.shared.options.idle_limit else {
+            return false;
+        };
+        let is_over = self.was_used || self.started.elapsed() >= limit;
+        is_over && self.sessions.is_empty() && self.watchers.is_empty()
     }
 
     /// Takes the connections that wait.
     fn accept_all(&mut self) -> Result<(), ServerError> {
         loop {
-            match self.listener.accept() {
-                Ok((socket, _)) => self.start(socket)?,
-                Err(error) => match Errno::from_io_error(&error) {
-                    Some(Errno::AGAIN) => return Ok(()),
-                    Some(Errno::INTR | Errno::CONNABORTED) => {}
-                    _ => return Err(error.into()),
-                },
+            if self.spare.is_none() {
+                self.spare = rustix::io::fcntl_dupfd_cloexec(&self.shared.stop, 0).ok();
+            }
+            let error = match self.listener.accept() {
+                Ok((socket, _)) => {
+                    self.start(socket);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            match Errno::from_io_error(&error) {
+                Some(Errno::AGAIN) => return Ok(()),
+                Some(Errno::INTR | Errno::CONNABORTED) => {}
+                Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
+                    if !self.refuse_next(&error) {
+                        self.paused_until = Some(Instant::now() + PAUSE);
+                        return Ok(());
+                    }
+                }
+                _ => return Err(error.into()),
             }
         }
     }
 
+    /// Refuses the next connection, where none can be taken; says whether that was possible.
+    fn refuse_next(&mut self, error: &io::Error) -> bool {
+        self.spare = None;
+        let Ok((socket, _)) = self.listener.accept() else {
+            return false;
+        };
+        if let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) {
+            let told = format!("the memory server has no room for another: {error}");
+            self.refuse(&socket, peer.pid.as_raw_nonzero().get(), told);
+        }
+        true
+    }
+
     /// Hears a connection of the server's own user.
-    fn start(&mut self, socket: UnixStream) -> Result<(), ServerError> {
+    fn start(&mut self, socket: UnixStream) {
         let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
-            return Ok(());
+            return;
         };
         let pid = peer.pid.as_raw_nonzero().get();
-        if peer.uid != rustix::process::geteuid() {
+        if peer.uid == rustix::process::geteuid() {
+            self.listen_to(socket, pid, true);
+        } else {
             let told = format!("user {} may not connect", peer.uid.as_raw());
-            self.tell_self(Message::Refused(pid, told));
-            return Ok(());
+            self.refuse(&socket, pid, told);
         }
-        self.listen_to(socket, pid, true)
     }
 
     /// Hears a connection in a thread of its own: its message may be long in coming.
-    fn listen_to(
-        &mut self,
-        socket: UnixStream,
-        pid: i32,
-        may_ask: bool,
-    ) -> Result<(), ServerError> {
+    fn listen_to(&mut self, socket: UnixStream, pid: i32, may_ask: bool) {
         if self.sessions.len() >= CONNECTIONS_MAX {
-            self.tell_self(Message::Refused(pid, "too many are connected".to_owned()));
-            return Ok(());
+            return self.refuse(&socket, pid, "too many are connected".to_owned());
         }
         let id = self.next_session;
         self.next_session += 1;
@@ -300,17 +371,34 @@ impl Server {
             sender: self.sender.clone(),
             statistics: Arc::clone(&statistics),
         };
-        // It says itself when it is done.
-        std::thread::Builder::new()
+        // The thread gets it when there is one.
+        let (give, take) = channel();
+        let spawned = std::thread::Builder::new()
             .name(format!("clone-{pid}"))
-            .spawn(move || client.connected(socket))?;
+            .spawn(move || {
+                if let Ok(socket) = take.recv() {
+                    client.connected(socket);
+                }
+            });
+        if let Err(error) = spawned {
+            let told = format!("the memory server has no room for another: {error}");
+            return self.refuse(&socket, pid, told);
+        }
         let session = Session {
             pid,
             statistics,
             is_served: false,
         };
+        // It says itself when it is done.
         self.sessions.push((id, session));
-        Ok(())
+        let _ = give.send(socket);
+    }
+
+    /// Tells one who is not heard, and those who watch it.
+    fn refuse(&self, socket: &UnixStream, pid: i32, reason: String) {
+        let notice = Notice::Refused { pid, reason };
+        answer_refused(socket, &notice);
+        self.tell_self(Message::Notice(notice));
     }
 
     fn tell_self(&self, message: Message) {
@@ -331,15 +419,7 @@ impl Server {
             Message::Notice(notice) => {
                 self.note(id, &notice);
                 tell(ServerEvent::Notice(&notice));
-                let line = encoded(&notice);
-                // One that does not read is not waited for.
-                self.watchers
-                    .retain_mut(|watcher| watcher.write_all(&line).is_ok());
-            }
-            Message::Refused(pid, reason) => {
-                self.sessions.retain(|(other, _)| *other != id);
-                let reason = &reason;
-                tell(ServerEvent::Refused { pid, reason });
+                self.watchers.tell(&notice);
             }
             Message::Recorded(set) => {
                 let kept = lock(&self.shared.working_set).clone();
@@ -362,13 +442,12 @@ impl Server {
 
     /// Hears a connection that its own user has handed over, whoever has made it.
     fn take_over(&mut self, socket: UnixStream) {
-        let heard = match rustix::net::sockopt::socket_peercred(&socket) {
+        match rustix::net::sockopt::socket_peercred(&socket) {
             Ok(peer) => self.listen_to(socket, peer.pid.as_raw_nonzero().get(), false),
-            Err(errno) => Err(io::Error::from(errno).into()),
-        };
-        if let Err(error) = heard {
-            let told = format!("what was handed over cannot be heard: {error}");
-            self.tell_self(Message::Refused(0, told));
+            Err(errno) => {
+                let told = format!("what was handed over cannot be heard: {errno}");
+                self.refuse(&socket, 0, told);
+            }
         }
     }
 
@@ -376,6 +455,7 @@ impl Server {
         let session = self.sessions.iter_mut().find(|(other, _)| *other == id);
         match notice {
             Notice::Started { .. } => {
+                self.was_used = true;
                 if let Some((_, session)) = session {
                     session.is_served = true;
                 }
@@ -385,25 +465,32 @@ impl Server {
                 self.ended_count += 1;
                 self.sessions.retain(|(other, _)| *other != id);
             }
+            Notice::Refused { .. } => self.sessions.retain(|(other, _)| *other != id),
             _ => {}
         }
     }
 
     fn answer(&mut self, mut socket: UnixStream, question: &[u8]) {
-        let answered = match serde_json::from_slice(question) {
-            Ok(Question::Watch) => socket.write_all(&encoded(&Notice::Watching)),
+        match serde_json::from_slice(question) {
+            // One that ends has nothing to tell.
+            _ if self.is_stopping => {}
+            Ok(Question::Watch { .. }) if self.watchers.count() >= CONNECTIONS_MAX => {
+                let reason = "too many watch it".to_owned();
+                answer_refused(&socket, &Notice::Refused { pid: 0, reason });
+            }
+            Ok(Question::Watch { pid }) => {
+                self.was_used = true;
+                self.watchers.add(socket, pid);
+            }
             Ok(Question::Statistics) => {
-                let _ = socket.write_all(&encoded(&self.summary()));
-                return;
+                let answer = encoded(&self.summary());
+                // One that does not read is not waited for.
+                let _ = socket
+                    .set_write_timeout(Some(ANSWER_LIMIT))
+                    .and_then(|()| socket.write_all(&answer));
             }
             // It is told by the end of the connection.
-            Ok(Question::Serve) | Err(_) => return,
-        };
-        if answered.is_ok() && socket.set_nonblocking(true).is_ok() {
-            self.watchers.retain(|watcher| !has_ended(watcher));
-            if self.watchers.len() < CONNECTIONS_MAX {
-                self.watchers.push(socket);
-            }
+            Ok(Question::Serve) | Err(_) => {}
         }
     }
 
@@ -448,44 +535,63 @@ impl Client {
     }
 
     fn connected(self, socket: UnixStream) {
-        let process = peer_process(&socket);
-        let refused = |reason: String| self.tell(Message::Refused(self.pid, reason));
-        let received = match self.wait_for_message(&socket) {
-            Ok(received) => received,
-            Err(error) => return refused(error.to_string()),
-        };
-        let (message, descriptor) = match received {
-            Received::Question(question) if self.may_ask => {
-                return self.tell(Message::Asked(socket, question));
+        match self.hear(&socket) {
+            Ok((Received::Question(question), _)) => self.tell(Message::Asked(socket, question)),
+            Ok((Received::Handed(_, handed), _)) => self.tell(Message::Handed(handed.into())),
+            Ok((Received::Hypervisor(message), process)) => {
+                drop(socket);
+                self.serve_process(message, &process);
             }
-            Received::Handed(question, descriptor) if self.may_ask => {
-                return match serde_json::from_slice(&question) {
-                    Ok(Question::Serve) => self.tell(Message::Handed(descriptor.into())),
-                    _ => refused("what it hands over is not what is asked for".to_owned()),
-                };
+            Err(reason) => {
+                let pid = self.pid;
+                let notice = Notice::Refused { pid, reason };
+                answer_refused(&socket, &notice);
+                // What it took is free when that is told.
+                drop(socket);
+                self.tell(Message::Notice(notice));
             }
-            Received::Question(_) | Received::Handed(..) => {
-                return refused("what is handed over may not ask".to_owned());
+        }
+    }
+
+    /// What one has to say who may, and its process; or why it is not heard.
+    fn hear(&self, socket: &UnixStream) -> Result<(Received, OwnedFd), String> {
+        // Before it can have ended.
+        let process = peer_process(socket);
+        let received = self
+            .wait_for_message(socket)
+            .map_err(|error| error.to_string())?;
+        match &received {
+            Received::Hypervisor(_) => {}
+            _ if !self.may_ask => return Err("what is handed over may not ask".to_owned()),
+            Received::Handed(question, _) => {
+                let asked = serde_json::from_slice(question);
+                if !matches!(asked, Ok(Question::Serve)) {
+                    return Err("what it hands over is not what is asked for".to_owned());
+                }
             }
-            Received::Hypervisor(message, descriptor) => (message, descriptor),
-        };
-        drop(socket);
+            Received::Question(_) => {}
+        }
         // Looked up last, its end is no wonder.
-        let process = match process {
-            Ok(process) => process,
-            Err(error) => return refused(format!("its process cannot be watched: {error}")),
-        };
+        let process = process.map_err(|error| format!("its process cannot be watched: {error}"))?;
+        Ok((received, process))
+    }
+
+    fn serve_process(
+        &self,
+        message: Result<(Vec<u8>, OwnedFd), HandshakeError>,
+        process: &OwnedFd,
+    ) {
         let set = lock(&self.shared.working_set).clone();
         self.tell(Message::Notice(Notice::Started {
             pid: self.pid,
             ahead_pages: set.as_ref().map_or(0, |set| set.page_count()),
         }));
-        let serving = AssertUnwindSafe(|| self.serve(&message, descriptor, process.as_fd(), set));
+        let serving = AssertUnwindSafe(|| self.serve(message, process.as_fd(), set));
         let end = catch_unwind(serving)
             .unwrap_or_else(|_| SessionEnd::Failed("a fault of the server itself".to_owned()));
         if end != SessionEnd::Exited {
             // It would wait for its pages for ever.
-            let _ = rustix::process::pidfd_send_signal(&process, Signal::KILL);
+            let _ = rustix::process::pidfd_send_signal(process, Signal::KILL);
         }
         let statistics = Box::new(lock(&self.statistics).clone());
         self.tell(Message::Notice(Notice::Ended {
@@ -497,7 +603,7 @@ impl Client {
     }
 
     fn wait_for_message(&self, socket: &UnixStream) -> Result<Received, HandshakeError> {
-        let limit = rustix::event::Timespec::try_from(HANDSHAKE_LIMIT).ok();
+        let limit = Timespec::try_from(HANDSHAKE_LIMIT).ok();
         let mut polled = [
             PollFd::new(socket, PollFlags::IN),
             PollFd::new(&self.shared.stop, PollFlags::IN),
@@ -511,14 +617,14 @@ impl Client {
 
     fn serve(
         &self,
-        message: &[u8],
-        descriptor: OwnedFd,
+        message: Result<(Vec<u8>, OwnedFd), HandshakeError>,
         process: BorrowedFd<'_>,
         set: Option<Arc<WorkingSet>>,
     ) -> SessionEnd {
         let shared = &*self.shared;
         let memory_bytes = shared.source.memory_bytes();
-        let understood = GuestLayout::parse(message, memory_bytes).and_then(|layout| {
+        let understood = message.and_then(|(message, descriptor)| {
+            let layout = GuestLayout::parse(&message, memory_bytes)?;
             let userfault = Userfault::adopt(descriptor).map_err(HandshakeError::Descriptor)?;
             Ok((layout, userfault))
         });
@@ -528,16 +634,19 @@ impl Client {
         };
         let mut faults = FaultLoop::new(userfault, layout, &shared.source, &self.statistics);
         if let Some(set) = &set {
-            faults.prefetch(set);
+            faults.prefetch(set, shared.options.progress_period);
         }
         if set.as_ref().is_none_or(|set| !set.is_complete()) {
             let until = Instant::now() + shared.options.record_window;
             let pages = shared.source.page_count();
             faults.record(Recorder::new(pages, set.as_deref(), until));
         }
+        let pid = self.pid;
         faults.run(process, shared.stop.as_fd(), |progress| match progress {
+            Progress::Prefetching(pages) => {
+                self.tell(Message::Notice(Notice::Prefetching { pid, pages }));
+            }
             Progress::Prefetched(pages) => {
-                let pid = self.pid;
                 self.tell(Message::Notice(Notice::Prefetched { pid, pages }));
             }
             Progress::Recorded(set) => self.tell(Message::Recorded(set)),
@@ -551,11 +660,11 @@ fn signal(event: &OwnedFd) {
     let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
 }
 
-/// Whether the other end was closed.
-fn has_ended(socket: &UnixStream) -> bool {
-    let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
-    let now = rustix::event::Timespec::default();
-    rustix::event::poll(&mut polled, Some(&now)).is_ok() && !polled[0].revents().is_empty()
+/// Tells one who is not heard why, if it reads that.
+fn answer_refused(socket: &UnixStream, notice: &Notice) {
+    if socket.set_nonblocking(true).is_ok() {
+        let _ = (&*socket).write_all(&encoded(notice));
+    }
 }
 
 #[cfg(test)]

@@ -20,8 +20,11 @@ const LINE_BYTES_MAX: u64 = 8 << 20;
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "question")]
 pub(super) enum Question {
-    /// Tell what happens from now on, until the connection ends.
-    Watch,
+    /// Tell what happens from now on, to one process or to all, until the connection ends.
+    Watch {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pid: Option<i32>,
+    },
     /// Tell what has been done.
     Statistics,
     /// Serve the hypervisor whose connection comes with this.
@@ -42,12 +45,26 @@ pub enum Notice {
         /// How many pages were recorded and come ahead; where there are some, `Prefetched` follows.
         ahead_pages: u64,
     },
+    /// What was recorded is being brought; told about once a second.
+    Prefetching {
+        /// Its number.
+        pid: i32,
+        /// How many pages have come.
+        pages: u64,
+    },
     /// What was recorded has been brought: resume the guest now.
     Prefetched {
         /// Its number.
         pid: i32,
         /// How many pages.
         pages: u64,
+    },
+    /// A process was not heard. A hypervisor's guest would wait for its memory for ever.
+    Refused {
+        /// Its number; 0 where it is not known.
+        pid: i32,
+        /// Why, in words.
+        reason: String,
     },
     /// A hypervisor is served no longer. It has ended or was killed.
     Ended {
@@ -60,6 +77,20 @@ pub enum Notice {
         /// What was done for it.
         statistics: Box<PageServiceStatistics>,
     },
+}
+
+impl Notice {
+    /// The process that it is about.
+    pub(super) fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Watching => None,
+            Self::Started { pid, .. }
+            | Self::Prefetching { pid, .. }
+            | Self::Prefetched { pid, .. }
+            | Self::Refused { pid, .. }
+            | Self::Ended { pid, .. } => Some(*pid),
+        }
+    }
 }
 
 /// What a server has done.
@@ -81,6 +112,9 @@ pub enum WatchError {
     /// Nobody listens, or the server is ending.
     #[error("the memory server does not answer: {0}")]
     Gone(io::Error),
+    /// It has no room.
+    #[error("the memory server does not answer: {0}")]
+    Refused(String),
     /// It is no server of this version.
     #[error("the memory server answers what this fcvm does not understand: {0}")]
     Answer(serde_json::Error),
@@ -100,12 +134,27 @@ impl ServerWatch {
     ///
     /// It does not answer.
     pub fn connect(socket: &Path) -> Result<Self, WatchError> {
+        Self::ask(socket, None)
+    }
+
+    /// The same for what happens to one process, until that has ended. Who names itself is told nothing, and
+    /// keeps a server that would end as idle.
+    ///
+    /// # Errors
+    ///
+    /// It does not answer.
+    pub fn connect_for(socket: &Path, pid: i32) -> Result<Self, WatchError> {
+        Self::ask(socket, Some(pid))
+    }
+
+    fn ask(socket: &Path, pid: Option<i32>) -> Result<Self, WatchError> {
         let mut own = Self {
-            lines: ask(socket, Question::Watch)?,
+            lines: ask(socket, Question::Watch { pid })?,
         };
-        let first = own.next()?;
-        if first != Some(Notice::Watching) {
-            return Err(WatchError::Gone(io::ErrorKind::UnexpectedEof.into()));
+        match own.next()? {
+            Some(Notice::Watching) => {}
+            Some(Notice::Refused { reason, .. }) => return Err(WatchError::Refused(reason)),
+            _ => return Err(WatchError::Gone(io::ErrorKind::UnexpectedEof.into())),
         }
         let endless = own.lines.get_ref().set_read_timeout(None);
         endless.map_err(WatchError::Gone)?;
@@ -152,7 +201,10 @@ impl Summary {
     /// It does not answer.
     pub fn ask(socket: &Path) -> Result<Self, WatchError> {
         let line = line(&mut ask(socket, Question::Statistics)?).map_err(WatchError::Gone)?;
-        serde_json::from_str(&line).map_err(WatchError::Answer)
+        match serde_json::from_str(&line) {
+            Ok(Notice::Refused { reason, .. }) => Err(WatchError::Refused(reason)),
+            _ => serde_json::from_str(&line).map_err(WatchError::Answer),
+        }
     }
 }
 

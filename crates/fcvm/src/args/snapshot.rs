@@ -139,7 +139,7 @@ pub(crate) struct ServeArguments {
         killed they stand still: whoever runs them watches it."
 )]
 pub(crate) struct ServeMemoryArguments {
-    /// End when the last clone has ended
+    /// End when neither a clone nor one who watches is there any more, or when none has come for 60 s
     #[arg(long)]
     pub(crate) exit_when_idle: bool,
     /// How long the pages of a clone are recorded, in seconds

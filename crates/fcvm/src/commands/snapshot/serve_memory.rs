@@ -18,6 +18,9 @@ use crate::state::this_process;
 /// How its socket begins; the process's number follows.
 pub(in crate::commands) const PREFIX: &str = "serve-memory-";
 
+/// How long one that ends when it is idle waits for the first to come.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
 pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> anyhow::Result<u8> {
     let snapshot = context.snapshots().open(&arguments.tag)?;
     let working_set = snapshot.working_set().unwrap_or_else(|error| {
@@ -28,8 +31,9 @@ pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> 
     let options = ServerOptions {
         name: snapshot.manifest().id.to_string(),
         record_window: Duration::from_secs(arguments.record),
-        ends_when_idle: arguments.exit_when_idle,
+        idle_limit: arguments.exit_when_idle.then_some(IDLE_LIMIT),
         working_set,
+        ..ServerOptions::default()
     };
     let process = this_process()?;
     create_private_dir(&context.runtime_dir)?;
@@ -70,7 +74,7 @@ fn note(snapshot: &Snapshot, event: &ServerEvent<'_>) {
             }
             tracing::info!(target: "memory", "process {pid} is served no longer ({reason}): {statistics}");
         }
-        ServerEvent::Refused { pid, reason } => {
+        ServerEvent::Notice(Notice::Refused { pid, reason }) => {
             tracing::debug!(target: "memory", "process {pid} was not heard: {reason}");
         }
         ServerEvent::Recorded(set) => match snapshot.store_working_set(set) {
