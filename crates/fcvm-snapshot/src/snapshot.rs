@@ -225,6 +225,11 @@ impl Snapshot {
         Ok(true)
     }
 
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Its id as 128 bits.
     fn id_bytes(&self) -> [u8; 16] {
         let number = u128::from_str_radix(self.manifest.id.as_str(), 16).unwrap_or(0);

@@ -1,10 +1,14 @@
 //! What fcvm itself says on stderr: tracing events with nested targets (`web: qemu: ...`).
 //!
 //! A VM's events happen inside the span `vm` whose field `name` is the VM's; the part is the event's
-//! target: `vm`, `qemu`, `agent`, `network`. Colours appear on terminals only.
+//! target: `vm`, `qemu`, `agent`, `network`. Colours appear on terminals only. Processes in the background say it in a
+//! file ([`ProcessLog`]).
 
 use std::fmt;
+use std::fs::File;
 use std::io::IsTerminal;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use tracing::field::{Field, Visit};
@@ -13,6 +17,52 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
+
+/// A log that is longer is begun anew by the next process.
+const LOG_BYTES_MAX: u64 = 1 << 20;
+
+/// What a process in the background has to say, in a file.
+pub(crate) struct ProcessLog {
+    file: File,
+    /// Where the next process's begins.
+    start: u64,
+}
+
+impl ProcessLog {
+    /// A log that goes on; one that has become long begins anew.
+    pub(crate) fn open(path: PathBuf) -> anyhow::Result<Self> {
+        let open = || {
+            let file = File::options()
+                .read(true)
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(&path)?;
+            let mut start = file.metadata()?.len();
+            if start > LOG_BYTES_MAX {
+                file.set_len(0)?;
+                start = 0;
+            }
+            Ok::<_, std::io::Error>(Self { file, start })
+        };
+        open().with_context(|| format!("cannot open {}", path.display()))
+    }
+
+    /// For the process to write to.
+    pub(crate) fn file(&self) -> std::io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// What a process said last, as its reason to end.
+    pub(crate) fn last_line(&self) -> String {
+        let mut said = vec![0; LOG_BYTES_MAX as usize];
+        let length = self.file.read_at(&mut said, self.start).unwrap_or(0);
+        let said = String::from_utf8_lossy(&said[..length]);
+        let reason = said.lines().rfind(|line| !line.trim().is_empty());
+        let reason = reason.unwrap_or("the process ended");
+        crate::errors::printable(reason.strip_prefix("Error: ").unwrap_or(reason))
+    }
+}
 
 /// Starts logging to stderr.
 pub(crate) fn start(directives: &str) -> anyhow::Result<()> {

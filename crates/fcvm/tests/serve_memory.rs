@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::Ordering;
 
@@ -26,6 +26,10 @@ struct Lab(tempfile::TempDir);
 
 impl Lab {
     fn new() -> Self {
+        Self::with(fields())
+    }
+
+    fn with(fields: ManifestFields) -> Self {
         let lab = Self(tempfile::tempdir().unwrap());
         let memory = anonymous_file("fcvm-test", PAGES * PAGE_BYTES).unwrap();
         for page in 0..PAGES {
@@ -38,7 +42,7 @@ impl Lab {
         let mut draft = store.begin(&"one".parse().unwrap()).unwrap();
         draft.write_memory_whole(&memory, None).unwrap();
         draft.write_state(b"devices").unwrap();
-        draft.finish(fields()).unwrap();
+        draft.finish(fields).unwrap();
         lab
     }
 
@@ -264,7 +268,8 @@ fn a_killed_server_is_noticed_and_its_socket_swept() {
     }
     let lab = Lab::new();
     let mut serving = lab.serve(&[]);
-    let mut watch = ServerWatch::connect(&serving.socket).unwrap();
+    let this = std::process::id().cast_signed();
+    let mut watch = ServerWatch::connect_for(&serving.socket, this).unwrap();
     // A socket that is listened to stays.
     let prune = || {
         let output = lab.fcvm(&["system", "prune", "--force"]).output().unwrap();
@@ -276,6 +281,82 @@ fn a_killed_server_is_noticed_and_its_socket_swept() {
     assert_eq!(serving.wait().0.signal(), Some(9));
     assert!(prune().contains("serve-memory-"));
     assert!(!serving.socket.exists());
+}
+
+/// Of a VM under Firecracker, as far as it is looked at before a clone is started.
+fn firecracker_fields(root_image: &Path) -> ManifestFields {
+    let process = serde_json::json!({
+        "args": ["true"], "env": [], "cwd": "", "user": "", "terminal": null, "stdin": false,
+        "capabilities": [], "rlimits": [], "no_new_privileges": false,
+    });
+    let duration = serde_json::json!({ "secs": 20, "nanos": 0 });
+    let version = serde_json::json!({ "major": 1, "minor": 13, "micro": 0 });
+    ManifestFields {
+        spec: serde_json::json!({
+            "id": fields().source_id, "name": "source", "hostname": "source", "image": "image:1",
+            "image_digest": "", "root_image": root_image, "kernel": root_image, "initramfs": root_image,
+            "process": process, "read_only": false, "privileged": false, "extra_hosts": [],
+            "cpu_count": 1, "memory_bytes": PAGES * PAGE_BYTES, "disk_bytes": 0,
+            "hypervisor": "firecracker", "accelerator": "Tcg", "network": "None", "ports": [],
+            "dns_servers": [], "labels": {}, "remove_on_exit": false, "stop_signal": 15,
+            "stop_timeout": duration, "boot_timeout": duration, "health": null, "timings_us": [],
+        }),
+        device_line: serde_json::json!({
+            "firecracker_version": version, "cpu_count": 1, "memory_bytes": PAGES * PAGE_BYTES,
+            "disks": [], "has_network": false,
+        }),
+        accelerator: serde_json::json!({ "kind": "tcg", "tsc_khz": null }),
+        host_cpu: "QEMU's own".to_owned(),
+        mark: Mark::new("01".repeat(16)),
+        ..fields()
+    }
+}
+
+#[test]
+fn a_server_that_a_command_started_ends_by_itself_where_no_clone_comes() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    let lab = Lab::with(firecracker_fields(image.path()));
+    let run = || {
+        let arguments = ["snapshot", "run", "--snapshot", "one", "--memory", "uffd"];
+        let output = lab
+            .fcvm(&arguments)
+            // No Firecracker is there.
+            .env("FCVM_FIRECRACKER_BIN", "/nonexistent")
+            // No pool is mounted, which would stay.
+            .env("FCVM_DISK_STORE", "copy")
+            .output()
+            .unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    // Without close-on-exec: it can be read to its end when all have ended that the command has started.
+    let (mut ended, held) = std::io::pipe().unwrap();
+    rustix::io::fcntl_setfd(&held, rustix::io::FdFlags::empty()).unwrap();
+    let said = run();
+    assert!(!said.contains("memory server"), "{said}");
+    drop(held);
+    ended.read_to_end(&mut Vec::new()).unwrap();
+    let log = std::fs::read_to_string(lab.file("memory-server.log")).unwrap();
+    assert!(log.contains("0 clones served"), "{log}");
+    let left = std::fs::read_dir(lab.0.path().join("run")).unwrap();
+    let names = left.map(|entry| entry.unwrap().file_name());
+    assert!(
+        !names
+            .into_iter()
+            .any(|name| name.to_string_lossy().starts_with("serve-memory-"))
+    );
+
+    // One that cannot start says why.
+    let memory = File::options()
+        .write(true)
+        .open(lab.file("memory.pages"))
+        .unwrap();
+    memory.write_all_at(b"x", 4096 + 5).unwrap();
+    let said = run();
+    assert!(
+        said.contains("does not start") && said.contains("damaged"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -20,16 +20,15 @@ use blockpool_fuse::Options;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 
 use crate::args::pool::MountCommand;
-use crate::context::Context;
-use crate::errors::{EXIT_FCVM_FAILED, printable};
+use crate::context::{Context, create_private_dir};
+use crate::errors::EXIT_FCVM_FAILED;
+use crate::logging::ProcessLog;
 
 /// What a keeper writes when the mount answers.
 const READY: &str = "ready";
 /// Servers that may be killed within [`RESTART_PERIOD`] before the keeper gives up.
 const RESTARTS_MAX: usize = 5;
 const RESTART_PERIOD: Duration = Duration::from_secs(60);
-/// A log that is longer is begun anew with the next mount.
-const LOG_BYTES_MAX: u64 = 1 << 20;
 /// How long `unmount` waits for the end of the server, which writes a checkpoint.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Threads of a server. They wait for the disk more than they work.
@@ -102,9 +101,9 @@ impl Mount {
     /// Mounts, on a directory which is made if need be; returns when the mount answers.
     pub(crate) fn start(&self, context: &Context) -> anyhow::Result<()> {
         prepare_directory(&self.directory)?;
-        let log_path = context.data_dir.join("pool/mount.log");
-        let log = open_log(&log_path)?;
-        let before_bytes = log.metadata()?.len();
+        let directory = context.data_dir.join("pool");
+        create_private_dir(&directory)?;
+        let log = ProcessLog::open(directory.join("mount.log"))?;
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut keeper = Command::new(program)
             .arg("--data-dir")
@@ -116,7 +115,7 @@ impl Mount {
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(log)
+            .stderr(log.file()?)
             .spawn()
             .context("cannot start the process that keeps the mount")?;
         let mut said = String::new();
@@ -129,13 +128,7 @@ impl Mount {
             return Ok(());
         }
         let _ = keeper.wait();
-        let log = std::fs::read(&log_path).unwrap_or_default();
-        let log = log.get(before_bytes as usize..).unwrap_or_default();
-        let log = String::from_utf8_lossy(log);
-        let reason = log.lines().rfind(|line| !line.trim().is_empty());
-        let reason = reason.unwrap_or("the process ended");
-        let reason = reason.strip_prefix("Error: ").unwrap_or(reason);
-        bail!("{}", printable(reason));
+        bail!("{}", log.last_line());
     }
 
     /// `fcvm pool keep-mount`: the keeper that [`start`](Self::start) starts.
@@ -234,23 +227,6 @@ pub(crate) fn is_dead(directory: &Path) -> bool {
         rustix::fs::statvfs(directory),
         Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED)
     )
-}
-
-fn open_log(path: &Path) -> anyhow::Result<File> {
-    let failed = || format!("cannot open {}", path.display());
-    if let Some(directory) = path.parent() {
-        crate::context::create_private_dir(directory)?;
-    }
-    let log = File::options()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .with_context(failed)?;
-    if log.metadata().with_context(failed)?.len() > LOG_BYTES_MAX {
-        log.set_len(0).with_context(failed)?;
-    }
-    Ok(log)
 }
 
 fn give_up(helper: &Path, directory: &Path, status: ExitStatus) {

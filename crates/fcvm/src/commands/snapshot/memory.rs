@@ -4,25 +4,29 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
 use fcvm_hypervisor::HypervisorKind;
-use fcvm_memory::uffd::Summary;
+use fcvm_memory::uffd::{ServerWatch, Summary};
 use fcvm_snapshot::Snapshot;
 
 use super::serve_memory::PREFIX;
 use crate::args::snapshot::MemoryChoice;
 use crate::context::Context;
+use crate::logging::ProcessLog;
 use crate::owner::spec::VmSpec;
 use crate::template::TemplateMemory;
+
+/// What a server that was started for a command has to say, in the snapshot's folder.
+const LOG: &str = "memory-server.log";
 
 /// What was chosen, and why.
 pub(super) struct Chosen {
     pub(super) memory: TemplateMemory,
     pub(super) reason: String,
-    /// A memory server that was started for it.
-    pub(super) started: Option<StartedServer>,
+    /// The memory server, to be kept until the clones are there.
+    pub(super) server: Option<HeldServer>,
 }
 
 /// Chooses for clones of a snapshot that this command starts.
@@ -59,17 +63,14 @@ pub(super) fn choose(
             );
         }
     };
-    let (socket, started) = match found {
-        Some(socket) => (socket, None),
-        None => {
-            let server = StartedServer::start(context, snapshot)?;
-            (server.socket.clone(), Some(server))
-        }
+    let server = match found {
+        Some(server) => server,
+        None => HeldServer::start(context, snapshot)?,
     };
     Ok(Chosen {
-        memory: TemplateMemory::Served(socket),
+        memory: TemplateMemory::Served(server.socket.clone()),
         reason: reason.to_owned(),
-        started,
+        server: Some(server),
     })
 }
 
@@ -84,12 +85,12 @@ pub(super) fn file(snapshot: &Snapshot, spec: &VmSpec, reason: &str) -> anyhow::
     Ok(Chosen {
         memory: TemplateMemory::File(OwnedFd::from(super::load_memory(snapshot)?)),
         reason: reason.to_owned(),
-        started: None,
+        server: None,
     })
 }
 
-/// The socket of a process that serves this snapshot's memory.
-fn running(context: &Context, snapshot: &Snapshot) -> Option<PathBuf> {
+/// A process that serves this snapshot's memory.
+fn running(context: &Context, snapshot: &Snapshot) -> Option<HeldServer> {
     let id = snapshot.manifest().id.to_string();
     let entries = std::fs::read_dir(&context.runtime_dir).ok()?;
     let paths = entries.flatten().map(|entry| entry.path());
@@ -97,31 +98,49 @@ fn running(context: &Context, snapshot: &Snapshot) -> Option<PathBuf> {
         let name = path.file_name().and_then(|name| name.to_str());
         name.is_some_and(|name| name.starts_with(PREFIX))
     });
-    // One that was killed does not answer.
-    sockets.find(|socket| Summary::ask(socket).is_ok_and(|summary| summary.name == id))
+    sockets.find_map(|socket| {
+        // One that was killed does not answer.
+        let summary = Summary::ask(&socket).ok()?;
+        // One that ends meanwhile is none.
+        (summary.name == id)
+            .then(|| HeldServer::hold(socket).ok())
+            .flatten()
+    })
 }
 
-/// A memory server that ends with its last clone. Dropped before [`keep`](Self::keep), it is ended: no clone
-/// will come.
-pub(super) struct StartedServer {
-    process: Option<Child>,
+/// A memory server that stays at least as long as this is there: then its clones keep it, if there are any.
+pub(super) struct HeldServer {
     socket: PathBuf,
+    _watch: ServerWatch,
 }
 
-impl StartedServer {
+impl HeldServer {
+    /// Holds the server of a socket.
+    fn hold(socket: PathBuf) -> anyhow::Result<Self> {
+        // What happens to this command is nothing to the server: nothing is told that would have to be read.
+        let watch = ServerWatch::connect_for(&socket, std::process::id().cast_signed())?;
+        Ok(Self {
+            socket,
+            _watch: watch,
+        })
+    }
+
+    /// Starts one that ends by itself.
     fn start(context: &Context, snapshot: &Snapshot) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let tag = snapshot.tag();
+        let log = ProcessLog::open(snapshot.path().join(LOG))?;
         let mut process = Command::new(program)
             .arg("--data-dir")
             .arg(&context.data_dir)
             .arg("--runtime-dir")
             .arg(&context.runtime_dir)
+            .args(["--log-level", "info"])
             .args(["snapshot", "serve-memory", "--exit-when-idle"])
             .arg(tag.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(log.file()?)
             .current_dir("/")
             // It outlives the command, and what the terminal says to that.
             .process_group(0)
@@ -129,32 +148,15 @@ impl StartedServer {
             .context("cannot start the memory server")?;
         let mut line = String::new();
         let output = process.stdout.take().context("the server has no output")?;
-        let read = BufReader::new(output).read_line(&mut line);
-        let server = Self {
-            process: Some(process),
-            socket: PathBuf::from(line.trim_end()),
-        };
-        match read {
-            Ok(1..) => Ok(server),
-            _ => bail!(
-                "the memory server of the snapshot '{tag}' does not start: 'fcvm snapshot serve-memory {tag}' says why"
-            ),
-        }
-    }
-
-    /// Its clones are there: it ends with the last of them.
-    pub(super) fn keep(mut self) {
-        self.process = None;
-    }
-}
-
-impl Drop for StartedServer {
-    fn drop(&mut self) {
-        if let Some(process) = &mut self.process {
-            // Its socket is removed by whoever looks next.
-            let _ = process.kill();
-            let _ = process.wait();
-            let _ = std::fs::remove_file(&self.socket);
+        match BufReader::new(output).read_line(&mut line) {
+            Ok(1..) => Self::hold(PathBuf::from(line.trim_end())),
+            _ => {
+                let _ = process.wait();
+                bail!(
+                    "the memory server of the snapshot '{tag}' does not start: {}",
+                    log.last_line()
+                )
+            }
         }
     }
 }

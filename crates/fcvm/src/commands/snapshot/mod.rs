@@ -29,7 +29,7 @@ use crate::output::{age, table, timestamp};
 use crate::owner::spec::VmSpec;
 use crate::progress::Shown;
 use crate::template::Template;
-use memory::{Chosen, StartedServer};
+use memory::{Chosen, HeldServer};
 pub(crate) use serve::remove_dead_sockets;
 use serve::{Loaded, Served, Server};
 
@@ -162,7 +162,7 @@ fn load_with(
     store: &SnapshotStore,
     tag: &SnapshotTag,
     choose: impl FnOnce(&Snapshot, &VmSpec) -> anyhow::Result<Chosen>,
-) -> anyhow::Result<(Loaded, Option<StartedServer>)> {
+) -> anyhow::Result<(Loaded, Option<HeldServer>)> {
     let snapshot = store.open(tag)?;
     let fields = &snapshot.manifest().fields;
     let told = |what: &str| format!("the snapshot '{tag}' has {what} that this fcvm does not know");
@@ -189,7 +189,7 @@ fn load_with(
     let Chosen {
         memory,
         reason,
-        started,
+        server,
     } = choose(&snapshot, &spec)?;
     let template = Template {
         memory,
@@ -208,7 +208,7 @@ fn load_with(
         device: DeviceState::from_bytes(snapshot.device_state()?)?,
         mark: fields.mark.secret().parse()?,
     };
-    Ok((loaded, started))
+    Ok((loaded, server))
 }
 
 /// Reads the memory, with a bar where it takes long.
@@ -245,9 +245,8 @@ async fn run_clones(context: &Context, arguments: &RunArguments) -> anyhow::Resu
                 .collect::<anyhow::Result<_>>()?;
             loaded.give(channels).await;
             let clones = clones::all_started(starting).await?;
-            if let Some(server) = server {
-                server.keep();
-            }
+            // It ends with the last of them.
+            drop(server);
             finish(context, wanted, &loaded.spec, &clones).await
         }
         (None, Some(pid)) => {
