@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use fcvm_memory::uffd::{MemorySource, Notice, Server, ServerEvent, ServerOptions};
 use fcvm_snapshot::Snapshot;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::load_memory;
 use crate::args::snapshot::ServeMemoryArguments;
@@ -22,6 +23,7 @@ pub(in crate::commands) const PREFIX: &str = "serve-memory-";
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> anyhow::Result<u8> {
+    allow_descriptors();
     let snapshot = context.snapshots().open(&arguments.tag)?;
     let working_set = snapshot.working_set().unwrap_or_else(|error| {
         tracing::warn!(target: "memory", "{error}: it is recorded anew");
@@ -55,6 +57,15 @@ pub(super) async fn run(context: &Context, arguments: &ServeMemoryArguments) -> 
     };
     tracing::info!(target: "memory", "{} clones served: {}", summary.ended_count, summary.ended);
     Ok(crate::EXIT_SUCCESS)
+}
+
+/// Three descriptors a clone: as many as this process may have. Where they are too few, clones are refused.
+fn allow_descriptors() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let current = maximum;
+    if let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current, maximum }) {
+        tracing::warn!(target: "memory", "the limit of open files cannot be raised: {errno}");
+    }
 }
 
 /// What happens, in the log; what was recorded, with the snapshot.
