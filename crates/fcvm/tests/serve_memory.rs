@@ -16,6 +16,7 @@ use fcvm_memory::PAGE_BYTES;
 use fcvm_memory::page_file::anonymous_file;
 use fcvm_memory::uffd::{Faults, GuestMemory, Region, ServerWatch, Userfault, handshake};
 use fcvm_snapshot::{ManifestFields, Mark, RootImage, SnapshotStore};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const PAGES: u64 = 64;
 const SIGTERM: &str = "-TERM";
@@ -383,6 +384,31 @@ fn damage_is_told_before_anything_is_served() {
         .set_len(memory.metadata().unwrap().len() - PAGE_BYTES)
         .unwrap();
     refused("damaged");
+}
+
+#[test]
+fn a_server_may_have_as_many_descriptors_as_the_host_allows() {
+    let lab = Lab::new();
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    // Enough for the other tests as well.
+    let low = Some(256);
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: low,
+            maximum,
+        },
+    )
+    .unwrap();
+    let serving = lab.serve(&[]);
+    setrlimit(Resource::Nofile, Rlimit { current, maximum }).unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", serving.child.id())).unwrap();
+    let files = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"));
+    let files: Vec<&str> = files.unwrap().split_whitespace().collect();
+    assert_ne!(files[0], "256");
+    assert_eq!(files[0], files[1]);
 }
 
 #[test]
