@@ -331,7 +331,7 @@ fn explained(error: io::Error) -> Option<io::Error> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
-    use std::process::Command;
+    use std::process::{Command, Stdio};
 
     use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -349,6 +349,7 @@ mod tests {
                 "uffd::raw::tests::connecting_process",
             ])
             .env("FCVM_TEST_SOCKET", &path)
+            .stdout(Stdio::null())
             .status();
         assert!(client.unwrap().success());
         let (socket, _) = listener.accept().unwrap();
