@@ -167,16 +167,24 @@ impl<'a> FaultLoop<'a> {
                 Ok(None) => {}
                 Ok(Some(end)) => break end,
                 Err(Errno::SRCH) => break SessionEnd::Exited,
-                Err(errno) => {
-                    let reason = std::io::Error::from(errno).to_string();
-                    break SessionEnd::Failed(reason);
-                }
+                Err(errno) => break SessionEnd::Failed(self.explain(errno)),
             }
         };
         if let Some(set) = self.recorder.and_then(|recorder| recorder.finish(false)) {
             tell(Progress::Recorded(set));
         }
         end
+    }
+
+    /// Why the kernel has refused a page.
+    fn explain(&self, errno: Errno) -> String {
+        let is_huge = |region: &Region| region.page_bytes == HUGE_PAGE_BYTES;
+        match errno {
+            Errno::NOMEM if self.layout.regions().iter().any(is_huge) => {
+                "the host has no free page of 2 MiB any more (sysctl vm.nr_hugepages)".to_owned()
+            }
+            errno => std::io::Error::from(errno).to_string(),
+        }
     }
 
     /// Waits, answers what has come, and brings a piece of what is to be brought ahead.

@@ -237,6 +237,10 @@ fn memory_in_hugepages_is_cloned_by_its_server() {
     assert_eq!(lab.sh("third", STATE), "kept\nmore\n");
     lab.ok(&["rm", "-f", "-a"]);
     lab.wait_for_no_process();
+    let none = Setting::set(HUGEPAGES, 0);
+    let line = lab.fails(125, &["snapshot", "run", "--snapshot", "next"]);
+    assert!(line.contains("and the host has 0"), "{line}");
+    drop(none);
     for tag in ["next", "base"] {
         lab.ok(&["snapshot", "rm", tag]);
     }
