@@ -1,11 +1,13 @@
 //! The lab's machine: a script that runs in it, and its output and status.
 
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 
 use super::kernel::LabKernel;
 
@@ -15,10 +17,21 @@ const PROCESSOR: &str = "EPYC,+svm,+npt,-nrip-save,-rdseed,-sha-ni,-fxsr-opt,-mi
                          -3dnowprefetch,-osvw,-topoext,-xsavec";
 /// Memory of the lab, MiB: what is written in it, and the guests.
 const MEMORY_MIB: u32 = 6000;
-/// Longest run, for timeout(1).
-const LIMIT: &str = "2h";
+/// Longest run.
+const LIMIT: Duration = Duration::from_secs(2 * 3600);
+/// How long it says nothing at the most: longer than any test takes here.
+const SILENCE: Duration = Duration::from_secs(15 * 60);
 /// Most bytes of the console that are shown where the lab gives no status.
 const CONSOLE_BYTES: usize = 4000;
+
+/// How a run in the lab has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// With the script's exit status.
+    Status(i32),
+    /// It has said nothing for too long, and was ended.
+    StoodStill,
+}
 
 /// What runs in the lab: a directory that the host and the lab share.
 pub(crate) struct Job {
@@ -46,8 +59,44 @@ impl Job {
         Ok(Self { directory })
     }
 
-    /// Boots the lab and runs the script to its end; gives its exit status.
-    pub(crate) fn run(&self, kernel: &LabKernel) -> anyhow::Result<i32> {
+    /// Boots the lab and runs the script to its end; each of its lines is printed, and shown to `line`.
+    pub(crate) fn run(
+        &self,
+        kernel: &LabKernel,
+        mut line: impl FnMut(&str),
+    ) -> anyhow::Result<Ended> {
+        let mut machine = self.command(kernel).spawn();
+        let machine = machine.as_mut().map_err(|error| anyhow!("{error}"));
+        let machine = machine.context("cannot start the lab")?;
+        let lines = lines_of(machine)?;
+        let until = Instant::now() + LIMIT;
+        loop {
+            let rest = until.saturating_duration_since(Instant::now());
+            match lines.recv_timeout(rest.min(SILENCE)) {
+                Ok(text) => {
+                    println!("{text}");
+                    line(&text);
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    machine.kill()?;
+                    machine.wait()?;
+                    return Ok(Ended::StoodStill);
+                }
+            }
+        }
+        let ended = machine.wait()?;
+        let status = fs::read_to_string(self.directory.join("status")).unwrap_or_default();
+        match status.trim().parse() {
+            Ok(status) => Ok(Ended::Status(status)),
+            Err(_) => bail!(
+                "the lab ended ({ended}) without a status; its console's last words:\n{}",
+                tail(&self.directory.join("console"))
+            ),
+        }
+    }
+
+    fn command(&self, kernel: &LabKernel) -> Command {
         let console = self.directory.join("console");
         let share = |path: &Path, tag: &str, options: &str| {
             format!(
@@ -55,13 +104,12 @@ impl Job {
                 path.display()
             )
         };
-        let mut command = Command::new("timeout");
+        let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-k", "5", LIMIT, "qemu-system-x86_64"])
             .args(["-nodefaults", "-no-reboot", "-display", "none"])
             .args(["-machine", "q35", "-accel", "tcg"])
-            // With two of them the emulated SVM loses an interrupt between them now and then, in which the lab's
-            // kernel waits for ever, and guests lose theirs or reset themselves.
+            // With two of them the emulated SVM loses an interrupt between them once in an hour or so, for which the
+            // lab's kernel waits for ever, and guests reset themselves. With one it stood still once in several hours.
             .args(["-cpu", PROCESSOR, "-smp", "1"])
             .args(["-m", &MEMORY_MIB.to_string()])
             .arg("-kernel")
@@ -87,17 +135,31 @@ impl Job {
             ))
             .arg("-virtfs")
             .arg(share(&self.directory, "job", ""))
-            .stdin(Stdio::null());
-        let ended = command.status().context("cannot start the lab")?;
-        let status = fs::read_to_string(self.directory.join("status")).unwrap_or_default();
-        match status.trim().parse() {
-            Ok(status) => Ok(status),
-            Err(_) => bail!(
-                "the lab ended ({ended}) without a status; its console's last words:\n{}",
-                tail(&console)
-            ),
-        }
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        command
     }
+}
+
+/// The lines that a process writes.
+fn lines_of(machine: &mut Child) -> anyhow::Result<Receiver<String>> {
+    let output = machine.stdout.take().context("the lab has no output")?;
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        let mut output = BufReader::new(output);
+        let mut bytes = Vec::new();
+        while output
+            .read_until(b'\n', &mut bytes)
+            .is_ok_and(|count| count > 0)
+        {
+            let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+            bytes.clear();
+            if sender.send(text).is_err() {
+                break;
+            }
+        }
+    });
+    Ok(lines)
 }
 
 fn tail(path: &Path) -> String {

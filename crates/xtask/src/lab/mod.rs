@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use cargo_metadata::Message;
 
 use kernel::LabKernel;
-use machine::Job;
+use machine::{Ended, Job};
 
 /// Programs of the host that make the lab.
 const PROGRAMS: [&str; 5] = [
@@ -32,8 +32,11 @@ const CHECKS: &str = include_str!("../../lab/e2e");
 const BENCH: &str = include_str!("../../lab/bench");
 /// Names a Firecracker.
 const FIRECRACKER: &str = "FCVM_FIRECRACKER_BIN";
-/// What the scripts are told as it is: tests of the suite in place of the usual ones, options of the bench.
-const PASSED_ON: [&str; 2] = ["LAB_TESTS", "BENCH_OPTIONS"];
+/// What the scripts are told as it is: tests of the suite in place of the usual ones, the part to go on from,
+/// options of the bench.
+const PASSED_ON: [&str; 3] = ["LAB_TESTS", FROM, "BENCH_OPTIONS"];
+/// Names the part of the checks to go on from.
+const FROM: &str = "LAB_FROM";
 
 /// What the script sees: names and values.
 type Environment = Vec<(String, String)>;
@@ -120,16 +123,64 @@ fn prepare(
     Ok(Ok((kernel, environment)))
 }
 
+/// Runs a script in the lab. Where that stands still the part that it was in begins anew, once.
 fn run(
     target: &Path,
     kernel: &LabKernel,
     script: &str,
     environment: &[(String, String)],
 ) -> anyhow::Result<()> {
-    let job = Job::new(&target.join("lab"), kernel, script, environment)?;
-    match job.run(kernel)? {
-        0 => Ok(()),
-        status => bail!("the checks in the lab ended with status {status}"),
+    let mut environment = environment.to_vec();
+    let mut parts = Parts::default();
+    loop {
+        let job = Job::new(&target.join("lab"), kernel, script, &environment)?;
+        match job.run(kernel, |line| parts.note(line))? {
+            Ended::Status(_) if !parts.failed.is_empty() => {
+                bail!("failed in the lab: {}", parts.failed.join(", "))
+            }
+            Ended::Status(0) => return Ok(()),
+            Ended::Status(status) => bail!("the script in the lab ended with status {status}"),
+            Ended::StoodStill => {
+                let part = parts.begin_anew()?;
+                println!(
+                    "lab: it stands still, as its emulated processor does now and then: anew from {part}"
+                );
+                environment.retain(|(name, _)| name != FROM);
+                environment.push((FROM.to_owned(), part));
+            }
+        }
+    }
+}
+
+/// What a script has told of its parts.
+#[derive(Default)]
+struct Parts {
+    /// The one that it is in.
+    current: Option<String>,
+    failed: Vec<String>,
+    /// In which the lab stood still.
+    still: Vec<String>,
+}
+
+impl Parts {
+    fn note(&mut self, line: &str) {
+        if let Some(part) = line.strip_prefix("lab: part ") {
+            self.current = Some(part.to_owned());
+        } else if let Some(part) = line.strip_prefix("lab: failed ") {
+            self.failed.push(part.to_owned());
+        }
+    }
+
+    /// The part to go on with after the lab stood still.
+    fn begin_anew(&mut self) -> anyhow::Result<String> {
+        let Some(part) = self.current.clone() else {
+            bail!("the lab stands still");
+        };
+        if self.still.contains(&part) {
+            bail!("the lab stood still twice in {part}");
+        }
+        self.still.push(part.clone());
+        Ok(part)
     }
 }
 
@@ -177,4 +228,30 @@ fn must(command: &mut Command) -> anyhow::Result<()> {
         bail!("{command:?} ended with {status}");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_in_which_the_lab_stood_still_begins_anew_once() {
+        let mut parts = Parts::default();
+        assert!(parts.begin_anew().is_err(), "nothing has begun");
+        for line in [
+            "lab: part one",
+            "lab: failed one",
+            "lab: part two",
+            "test two::x ... ok",
+        ] {
+            parts.note(line);
+        }
+        assert_eq!(parts.failed, ["one"]);
+        assert_eq!(parts.begin_anew().unwrap(), "two");
+        parts.note("lab: part two");
+        let error = parts.begin_anew().unwrap_err().to_string();
+        assert_eq!(error, "the lab stood still twice in two");
+        parts.note("lab: part three");
+        assert_eq!(parts.begin_anew().unwrap(), "three");
+    }
 }
