@@ -44,8 +44,9 @@ const INITRAMFS: &str = "the initramfs";
 pub(super) const STATE_NAME: &str = "state";
 /// Name of the memory of a VM that begins with saved state.
 pub(super) const MEMORY_NAME: &str = "memory";
-/// How long Firecracker may take until it answers. It takes 10 ms on an idle host.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long Firecracker may take until it answers: 10 ms on an idle host, and half a minute where twenty start
+/// at a time on one emulated processor.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long it may take to do what it is told, where that is not to write memory. It gives itself 30 s to hear
 /// from its processors.
 pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(35);
