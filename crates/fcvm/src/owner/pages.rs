@@ -232,6 +232,7 @@ mod tests {
         let reason = service.ended().await;
         assert_eq!(reason, "the memory server serves it no longer: it lied");
     }
+
     #[tokio::test]
     async fn a_refusal_and_a_server_that_stands_still_are_told() {
         let directory = tempfile::tempdir().unwrap();

@@ -5,9 +5,9 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 
 use super::kernel::LabKernel;
 
@@ -17,8 +17,6 @@ const PROCESSOR: &str = "EPYC,+svm,+npt,-nrip-save,-rdseed,-sha-ni,-fxsr-opt,-mi
                          -3dnowprefetch,-osvw,-topoext,-xsavec";
 /// Memory of the lab, MiB: what is written in it, and the guests.
 const MEMORY_MIB: u32 = 6000;
-/// Longest run.
-const LIMIT: Duration = Duration::from_secs(2 * 3600);
 /// How long it says nothing at the most: longer than any test takes here.
 const SILENCE: Duration = Duration::from_secs(15 * 60);
 /// Most bytes of the console that are shown where the lab gives no status.
@@ -65,14 +63,13 @@ impl Job {
         kernel: &LabKernel,
         mut line: impl FnMut(&str),
     ) -> anyhow::Result<Ended> {
-        let mut machine = self.command(kernel).spawn();
-        let machine = machine.as_mut().map_err(|error| anyhow!("{error}"));
-        let machine = machine.context("cannot start the lab")?;
-        let lines = lines_of(machine)?;
-        let until = Instant::now() + LIMIT;
+        let mut machine = self
+            .command(kernel)
+            .spawn()
+            .context("cannot start the lab")?;
+        let lines = lines_of(&mut machine)?;
         loop {
-            let rest = until.saturating_duration_since(Instant::now());
-            match lines.recv_timeout(rest.min(SILENCE)) {
+            match lines.recv_timeout(SILENCE) {
                 Ok(text) => {
                     println!("{text}");
                     line(&text);
