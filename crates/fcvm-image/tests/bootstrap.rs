@@ -58,8 +58,7 @@ fn bookworm_becomes_an_image() {
 /// A program in place of mmdebstrap, for what the real one does on other machines.
 fn program(scratch: &Scratch, script: &str) -> BootstrapOptions {
     let program = scratch.path("program");
-    fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fcvm_testing::write_program(&program, &format!("#!/bin/sh\n{script}\n"));
     BootstrapOptions {
         program,
         ..options()

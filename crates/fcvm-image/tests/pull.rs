@@ -368,9 +368,11 @@ async fn credential_helpers_are_asked() {
         ("echo nonsense", "config.json cannot be used".into()),
         ("", "is it installed?".into()),
     ] {
-        fs::write(&helper, format!("#!/bin/sh\nserver=$(cat)\n{script}\n")).unwrap();
-        let mode = if script.is_empty() { 0o644 } else { 0o755 };
-        fs::set_permissions(&helper, fs::Permissions::from_mode(mode)).unwrap();
+        let text = format!("#!/bin/sh\nserver=$(cat)\n{script}\n");
+        fcvm_testing::write_program(&helper, &text);
+        if script.is_empty() {
+            fs::set_permissions(&helper, fs::Permissions::from_mode(0o644)).unwrap();
+        }
         run(Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "credential_helpers_are_asked"])
             .env(NAME, name.to_string())

@@ -153,12 +153,8 @@ fn fake_zfs(directory: &std::path::Path) -> std::path::PathBuf {
     for name in ["zpool", "zfs"] {
         let path = programs.join(name);
         let log = directory.join("calls");
-        fs::write(
-            &path,
-            format!("#!/bin/sh\necho {name} \"$@\" >> {}\n", log.display()),
-        )
-        .unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        let text = format!("#!/bin/sh\necho {name} \"$@\" >> {}\n", log.display());
+        fcvm_testing::write_program(&path, &text);
     }
     programs
 }

@@ -23,6 +23,8 @@ const KEEPER: (&str, [&str; 2]) = ("fcvm-snapshot", ["fcvm-memory", "fcvm-storag
 const COMPOSER: &str = "fcvm";
 /// The guest's side: sees data types and protocol, never what runs on the host.
 const AGENT: &str = "fc-agent";
+/// What tests share, and only they.
+const TESTING: &str = "fcvm-testing";
 /// Tools of the project, which the product never sees: they may look at engines.
 const TOOLS: [&str; 3] = ["fcvm-bench", "reference-schemes", "xtask"];
 
@@ -87,7 +89,7 @@ fn is_known(name: &str) -> bool {
     BASE.contains(&name)
         || ENGINES.contains(&name)
         || TOOLS.contains(&name)
-        || [KEEPER.0, COMPOSER, AGENT].contains(&name)
+        || [KEEPER.0, COMPOSER, AGENT, TESTING].contains(&name)
 }
 
 /// Why a dependency is not allowed; none where it is.
@@ -101,6 +103,9 @@ fn refusal(edge: Edge<'_>, is_member: bool) -> Option<String> {
         let (_, users) = RESTRICTED.iter().find(|(library, _)| *library == to)?;
         return (!users.contains(&from) && !development)
             .then(|| format!("{from} uses {to}, which only {} may", users.join(", ")));
+    }
+    if to == TESTING {
+        return (!development).then(|| format!("{from} depends on {to}: only tests may"));
     }
     let position = |name: &str| BASE.iter().position(|base| *base == name);
     let reason = if let Some(own) = position(from) {
@@ -194,6 +199,7 @@ mod tests {
             ("fcvm-bench", "fcvm"),
             ("fcvm-image", "clap"),
             ("fcvm-kernel", "anyhow"),
+            ("fcvm-kernel", "fcvm-testing"),
         ] {
             assert!(refused(from, to), "{from} -> {to}");
         }
@@ -213,6 +219,11 @@ mod tests {
             development: true,
         };
         assert!(refusal(edge, true).is_some());
+        let edge = Edge {
+            to: TESTING,
+            ..edge
+        };
+        assert_eq!(refusal(edge, true), None);
     }
 
     #[test]

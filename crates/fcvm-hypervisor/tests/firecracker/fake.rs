@@ -114,14 +114,8 @@ pub(crate) fn install(directory: &Path, behaviour: Behaviour<'_>) -> PathBuf {
         behaviour.late,
         program.display(),
     );
-    write_program(&path, &script);
+    fcvm_testing::write_program(&path, &script);
     path
-}
-
-/// Writes a program; nothing has it open for writing when this returns.
-pub(crate) fn write_program(path: &Path, script: &str) {
-    fs::write(path, script).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 /// The fake's process.

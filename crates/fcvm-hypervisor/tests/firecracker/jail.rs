@@ -24,7 +24,7 @@ fn jailed(place: &Place, jailer: &str) -> Option<Firecracker> {
         println!("skipped: only root can jail");
         return None;
     }
-    fake::write_program(&place.path("jailer"), jailer);
+    fcvm_testing::write_program(&place.path("jailer"), jailer);
     let jail = Jail {
         jailer: Jail::find_jailer(&place.program, "").unwrap(),
         id: "0123abcd".to_owned(),

@@ -220,16 +220,16 @@ async fn another_program_or_none_is_told_from_firecracker() {
     assert_eq!(found.program(), place.program);
     assert!(Firecracker::locate(None, "/nowhere", place.path("vm")).is_err());
 
-    fake::write_program(&place.program, "#!/bin/sh\necho 'sandboxd 2'\n");
+    fcvm_testing::write_program(&place.program, "#!/bin/sh\necho 'sandboxd 2'\n");
     let error = place.failure().await;
     assert!(matches!(error, HypervisorError::Foreign { .. }), "{error}");
     assert!(error.to_string().contains("it printed 'sandboxd 2'"));
-    fake::write_program(&place.program, "#!/nowhere/sh\n");
+    fcvm_testing::write_program(&place.program, "#!/nowhere/sh\n");
     let error = place.failure().await;
     assert!(matches!(error, HypervisorError::Spawn { .. }), "{error}");
     let end = "#!/bin/sh\n[ \"$1\" = --version ] && exec echo Firecracker v1.14.0\n\
                echo 'Error: ParseArguments(UnexpectedArgument)' >&2\nexit 153\n";
-    fake::write_program(&place.program, end);
+    fcvm_testing::write_program(&place.program, end);
     let error = place.failure().await.to_string();
     assert_eq!(
         error,

@@ -153,8 +153,7 @@ async fn qemu_that_is_missing_or_too_old() {
     let script = directory.path().join("qemu-system-x86_64");
     let text = "#!/bin/sh\ncase $1 in --version) echo 'QEMU emulator version 5.2.0 (old)';;\n\
                 *) echo 'unknown option' >&2; exit 1;; esac\n";
-    std::fs::write(&script, text).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    fcvm_testing::write_program(&script, text);
     let old = Qemu::locate(Some(&script), "").unwrap();
     let kernel = write_kernel(directory.path(), "", Ending::Halt);
     let (spec, _console) = spec(kernel);

@@ -232,7 +232,7 @@ mod tests {
                 "#!/bin/sh\necho {hook} $1 \"$(basename $2)\" >> {}\n",
                 told.display()
             );
-            write(&at.join("zz-tell"), &script, 0o755).unwrap();
+            fcvm_testing::write_program(&at.join("zz-tell"), &script);
         }
         let kernel = kernel(&built, "host", "6.1.192-fcvm-Host_full");
         let path = package(&kernel, &packages).unwrap();

@@ -54,8 +54,7 @@ impl Lab {
         let lab = Self(tempfile::tempdir().unwrap());
         fs::create_dir(lab.path("bin")).unwrap();
         fs::create_dir(lab.path("here")).unwrap();
-        fs::write(lab.path("bin/zfs"), FAKE).unwrap();
-        fs::set_permissions(lab.path("bin/zfs"), fs::Permissions::from_mode(0o755)).unwrap();
+        fcvm_testing::write_program(&lab.path("bin/zfs"), FAKE);
         for (name, content) in snapshots {
             fs::write(lab.path(&format!("here/{name}")), content).unwrap();
             fs::write(

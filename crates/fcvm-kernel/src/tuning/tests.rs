@@ -157,7 +157,6 @@ fn files_are_written_whole_and_again() {
 /// The service's lines are run by a shell, with programs that write down how they were called.
 #[test]
 fn kernel_threads_get_their_policy_and_processors() {
-    use std::os::unix::fs::PermissionsExt as _;
     let plan = super::plan(&request(64 * GIB)).unwrap();
     let files = plan.files(false);
     let service = files
@@ -172,8 +171,7 @@ fn kernel_threads_get_their_policy_and_processors() {
                 tr ' ' '\\n' | grep -E \"$3\"\n".to_owned(),
             other => format!("#!/bin/sh\necho {other} $* >>{}/calls\nexit 1\n", directory.path().display()),
         };
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        fcvm_testing::write_program(&path, &text);
     }
     let path = format!("{}:/usr/bin:/bin", directory.path().display());
     for line in service

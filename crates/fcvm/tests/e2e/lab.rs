@@ -121,8 +121,7 @@ impl Lab {
         .flatten()
         {
             let copy = directory.join(program.file_name().unwrap());
-            fs::copy(&*program, &copy).unwrap();
-            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+            fcvm_testing::copy_program(program, &copy);
             *program = copy;
         }
         let data = lab.data.to_str().unwrap();
@@ -198,8 +197,7 @@ impl Lab {
         let directory = self.file("shadow");
         fs::create_dir_all(&directory).unwrap();
         let path = directory.join(program);
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        fcvm_testing::write_program(&path, &format!("#!/bin/sh\n{script}\n"));
         let others = std::env::var_os("PATH").unwrap_or_default();
         let all = std::iter::once(directory)
             .chain(std::env::split_paths(&others).filter(|dir| !dir.ends_with("shadow")));
