@@ -3,7 +3,6 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 
 use common::{Recorder, Scratch, all, tool_missing};
 use fcvm_image::bootstrap::{BootstrapError, BootstrapOptions, Variant, ZFS_LABEL, bootstrap};

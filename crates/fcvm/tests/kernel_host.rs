@@ -147,7 +147,6 @@ fn disks(directory: &std::path::Path, count: usize) -> Vec<String> {
 
 /// Programs `zpool` and `zfs` that write down how they were called.
 fn fake_zfs(directory: &std::path::Path) -> std::path::PathBuf {
-    use std::os::unix::fs::PermissionsExt;
     let programs = directory.join("bin");
     fs::create_dir(&programs).unwrap();
     for name in ["zpool", "zfs"] {

@@ -2,7 +2,6 @@
 
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
 use crate::support::{Ending, qemu, read_console_bytes, read_console_until, spec, write_kernel};

@@ -1,7 +1,6 @@
 //! Against a `zfs` that knows only the grammar of the real one, and cuts streams where it is told to.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
