@@ -6,6 +6,7 @@
 //! processor's fault or the prefetch) needs a wake-up, since its waiter may have come after.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,13 +17,16 @@ use rustix::io::Errno;
 
 use super::handshake::{GuestLayout, HUGE_PAGE_BYTES, Region};
 use super::pages::PageSet;
-use super::raw::{Event, EventBuffer, Userfault};
+use super::raw::{Event, EventBuffer, Userfault, Wake};
 use super::source::MemorySource;
 use super::working_set::{Recorder, WorkingSet};
 use crate::{PAGE_BYTES, PageRun};
 
 /// Pages that are brought ahead with one call, so that a fault does not wait long behind it: 1 MiB.
 const PREFETCH_PAGES_MAX: u64 = 256;
+/// Faults that are answered with one wake-up, where so many wait: waking a processor that sleeps costs
+/// more than its page, and what the first waits longer the last waits less.
+const WOKEN_TOGETHER_MAX: usize = 8;
 /// How often events are read before the other descriptors are looked at.
 const READS_MAX: usize = 32;
 /// How often pages that come ahead are told of, at most.
@@ -77,6 +81,15 @@ enum Filled {
     Data,
     Zero,
     Already,
+}
+
+/// Faults whose pages are there.
+#[derive(Default)]
+struct Answered {
+    faults: Vec<(Fault, PageRun, Filled)>,
+    /// Addresses at which they are still to be woken. Who waits for another page between them looks again in
+    /// vain, and is told of once more.
+    asleep: Range<u64>,
 }
 
 /// Pages to be brought ahead.
@@ -284,27 +297,61 @@ impl<'a> FaultLoop<'a> {
 
     /// Answers what waits; says whether something has to wait for the hypervisor.
     fn answer_waiting(&mut self, events: &mut EventBuffer) -> Result<bool, Errno> {
-        while let Some(fault) = self.waiting.pop_front() {
+        while !self.waiting.is_empty() && self.failed.is_none() {
+            let mut answered = Answered::default();
+            let is_held_up = self.answer_some(events, &mut answered);
+            if answered.asleep.start < answered.asleep.end {
+                let Range { start, end } = answered.asleep;
+                self.userfault.wake(start, end - start)?;
+            }
+            let now = Instant::now();
+            for (fault, run, filled) in answered.faults {
+                let waited = now.duration_since(fault.since);
+                count(&mut self.statistics, run, &filled, waited);
+            }
+            if is_held_up? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Answers the first of those that wait, and leaves to wake who waits in `answered.asleep`.
+    fn answer_some(
+        &mut self,
+        events: &mut EventBuffer,
+        answered: &mut Answered,
+    ) -> Result<bool, Errno> {
+        let together = self.waiting.len().min(WOKEN_TOGETHER_MAX);
+        for _ in 0..together {
+            let Some(fault) = self.waiting.pop_front() else {
+                break;
+            };
             let Some(region) = self.layout.at_address(fault.address).copied() else {
                 let told = format!("it waits at {:#x}, in no region", fault.address);
                 self.failed = Some(told);
-                return Ok(false);
+                break;
             };
             let run = page_of(&region, fault.address);
-            let filled = match self.fill(&region, run) {
-                Ok(filled) => filled,
+            let wake = match together > 1 && region.page_bytes == PAGE_BYTES {
+                true => Wake::Later,
+                false => Wake::Now,
+            };
+            match self.fill(&region, run, wake) {
+                Ok(filled) => {
+                    self.note(run, &filled);
+                    if wake == Wake::Later {
+                        answered.leave_asleep(address_of(&region, run), run.bytes());
+                    }
+                    answered.faults.push((fault, run, filled));
+                }
                 Err(Errno::AGAIN) => {
                     self.statistics.retries += 1;
                     self.waiting.push_front(fault);
-                    if self.read(events)? == 0 {
-                        return Ok(true);
-                    }
-                    continue;
+                    return Ok(self.read(events)? == 0);
                 }
                 Err(errno) => return Err(errno),
-            };
-            self.note(run, &filled);
-            count(&mut self.statistics, run, &filled, fault.since.elapsed());
+            }
         }
         Ok(false)
     }
@@ -319,7 +366,7 @@ impl<'a> FaultLoop<'a> {
     }
 
     /// Fills the page that `run` is.
-    fn fill(&mut self, region: &Region, run: PageRun) -> Result<Filled, Errno> {
+    fn fill(&mut self, region: &Region, run: PageRun, wake: Wake) -> Result<Filled, Errno> {
         let address = address_of(region, run);
         let is_removed = self.removed.contains(run.first);
         let (bytes, filled) = if region.page_bytes == HUGE_PAGE_BYTES {
@@ -339,14 +386,16 @@ impl<'a> FaultLoop<'a> {
             }
         };
         let done = match bytes {
-            Some(bytes) => self.userfault.copy(address, bytes),
-            None => self.userfault.zero(address, region.page_bytes),
+            Some(bytes) => self.userfault.copy(address, bytes, wake),
+            None => self.userfault.zero(address, region.page_bytes, wake),
         };
         match done {
             Ok(_) => Ok(filled),
             // There, or unmapped since: whoever waits looks again.
             Err(Errno::EXIST | Errno::NOENT) => {
-                self.userfault.wake(address, region.page_bytes)?;
+                if wake == Wake::Now {
+                    self.userfault.wake(address, region.page_bytes)?;
+                }
                 Ok(Filled::Already)
             }
             Err(errno) => Err(errno),
@@ -405,8 +454,8 @@ impl<'a> FaultLoop<'a> {
         let (bytes, count) = self.source.pages(wanted);
         let address = address_of(&region, run);
         let done = match bytes {
-            Some(bytes) => self.userfault.copy(address, bytes),
-            None => self.userfault.zero(address, count * PAGE_BYTES),
+            Some(bytes) => self.userfault.copy(address, bytes, Wake::Now),
+            None => self.userfault.zero(address, count * PAGE_BYTES, Wake::Now),
         };
         match done {
             Ok(bytes) => {
@@ -431,7 +480,7 @@ impl<'a> FaultLoop<'a> {
         let huge = page_of(region, address);
         let done = huge.first + huge.count - run.first;
         if !prefetch.placed.contains(huge.first) {
-            let pages = match self.fill(region, huge)? {
+            let pages = match self.fill(region, huge, Wake::Now)? {
                 Filled::Already => &mut self.statistics.prefetch_late_pages,
                 Filled::Data | Filled::Zero => &mut self.statistics.prefetched_pages,
             };
@@ -439,6 +488,17 @@ impl<'a> FaultLoop<'a> {
             prefetch.placed.insert(huge);
         }
         Ok(done.min(run.count))
+    }
+}
+
+impl Answered {
+    fn leave_asleep(&mut self, address: u64, bytes: u64) {
+        let Range { start, end } = &mut self.asleep;
+        if start == end {
+            *start = address;
+        }
+        *start = address.min(*start);
+        *end = (address + bytes).max(*end);
     }
 }
 

@@ -54,6 +54,15 @@ pub enum Faults {
     OfUserMode,
 }
 
+/// When those who wait for pages are woken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wake {
+    /// As soon as the pages are there.
+    Now,
+    /// By a call of its own.
+    Later,
+}
+
 /// A userfaultfd, never blocking.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
@@ -167,20 +176,23 @@ impl Userfault {
         Ok(messages.len())
     }
 
-    /// Fills missing pages with these bytes and wakes who waits for them. Says how many bytes were
-    /// filled: all, or those before a page that could not be.
+    /// Fills missing pages with these bytes and wakes who waits for them, now or by [`wake`](Self::wake).
+    /// Says how many bytes were filled: all, or those before a page that could not be.
     ///
     /// # Errors
     ///
     /// `EEXIST`: the first page is there; `EAGAIN`: an event must be read before; `ESRCH`: the process
     /// has gone; others of ioctl_userfaultfd(2).
-    pub(super) fn copy(&self, address: u64, bytes: &[u8]) -> Result<u64, Errno> {
+    pub(super) fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Result<u64, Errno> {
         let length = bytes.len() as u64;
         let mut argument = abi::uffdio_copy {
             dst: address,
             src: bytes.as_ptr() as u64,
             len: length,
-            mode: 0,
+            mode: match wake {
+                Wake::Now => 0,
+                Wake::Later => u64::from(abi::UFFDIO_COPY_MODE_DONTWAKE),
+            },
             copy: 0,
         };
         // SAFETY: the argument is the request's own structure; `src` and `len` are a slice that
@@ -196,14 +208,17 @@ impl Userfault {
     ///
     /// They are there, or not registered.
     pub fn fill(&self, address: u64, bytes: &[u8]) -> io::Result<u64> {
-        Ok(self.copy(address, bytes)?)
+        Ok(self.copy(address, bytes, Wake::Now)?)
     }
 
     /// Fills missing pages with zeros and wakes who waits for them; as [`copy`](Self::copy) otherwise.
-    pub(super) fn zero(&self, address: u64, length: u64) -> Result<u64, Errno> {
+    pub(super) fn zero(&self, address: u64, length: u64, wake: Wake) -> Result<u64, Errno> {
         let mut argument = abi::uffdio_zeropage {
             range: range(address, length),
-            mode: 0,
+            mode: match wake {
+                Wake::Now => 0,
+                Wake::Later => u64::from(abi::UFFDIO_ZEROPAGE_MODE_DONTWAKE),
+            },
             zeropage: 0,
         };
         // SAFETY: as for `copy`.
