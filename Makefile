@@ -16,6 +16,8 @@ TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 # target/debug/fcvm and target/release/fcvm find the agent as ../agent/fc-agent.
 AGENT := $(TARGET_DIR)/agent/fc-agent
 AGENT_BUILT := $(TARGET_DIR)/agent-build/$(AGENT_TARGET)/agent/fc-agent
+# Built by itself it has some of its libraries compiled anew: `make test` takes what the workspace's build has made.
+XTASK ?= $(CARGO) xtask
 # The guest kernel that tests and benches boot, fetched once.
 TEST_DATA := $(TARGET_DIR)/test-data
 
@@ -47,9 +49,9 @@ deps: ## install the Debian packages that fcvm and its tests need
 .PHONY: test
 test: ## everything that CI runs: lint, checks, all tests
 	scripts/install-deps --test
-	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory agent
 	$(CARGO) build --locked --workspace --all-targets
+	$(MAKE) --no-print-directory lint XTASK=$(TARGET_DIR)/debug/xtask
 	$(MAKE) --no-print-directory guest-kernel
 	FCVM_TEST_KERNEL_SOURCES=$(TEST_DATA)/kernels/sources FCVM_AGENT_BIN=$(AGENT) FCVM_TEST_AGENT=$(AGENT) FCVM_TEST_KERNEL_DIR=$(TEST_DATA)/kernels/current \
 	    $(CARGO) test --locked --workspace --no-fail-fast
@@ -89,7 +91,7 @@ lab-bench: agent ## measure how VMs begin under Firecracker (FCVM_FIRECRACKER_BI
 lint: ## formatting, clippy, dependency rule, licences, advisories, tidiness
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	$(CARGO) xtask check
+	$(XTASK) check
 
 .PHONY: bench
 bench: agent ## measure against the floor and the peers; prints a table and JSON
