@@ -229,11 +229,23 @@ fn passt_network(
 }
 
 fn user_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
+    let (no_passt, advice, only_ipv4) = match options.passt {
+        None => (
+            "passt is not installed",
+            "install the package passt",
+            "QEMU's user-mode network listens on IPv4 addresses only; install passt",
+        ),
+        Some(_) => (
+            "passt needs a user namespace and this host forbids them",
+            "allow them (user.max_user_namespaces, kernel.unprivileged_userns_clone)",
+            "QEMU's user-mode network listens on IPv4 addresses only; allow user namespaces, which passt needs",
+        ),
+    };
     let is_ipv6 = |port: &&PortMapping| matches!(port.host_address, Some(IpAddr::V6(_)));
     if let Some(port) = options.ports.iter().find(is_ipv6) {
         return Err(NetworkError::NoIpv6 {
             port: port.clone(),
-            reason: "QEMU's user-mode network listens on IPv4 addresses only; install passt",
+            reason: only_ipv4,
         });
     }
     ports::check(&options.ports, false)?;
@@ -255,15 +267,8 @@ fn user_network(options: &NetworkOptions) -> Result<Attachment, NetworkError> {
         forwards: options.ports.clone(),
         ipv6,
     };
-    let (reason, advice) = match options.passt {
-        None => ("passt is not installed", "install the package passt"),
-        Some(_) => (
-            "passt needs a user namespace and this host forbids them",
-            "allow them (user.max_user_namespaces, kernel.unprivileged_userns_clone)",
-        ),
-    };
     let note = format!(
-        "{reason}, so the VM has QEMU's user-mode network: slower, without published ports on IPv6, and the guest \
+        "{no_passt}, so the VM has QEMU's user-mode network: slower, without published ports on IPv6, and the guest \
          reaches the services of the host's loopback at 10.0.2.2; {advice}"
     );
     Ok(Attachment::without_helper(backend, Some(guest), Some(note)))

@@ -211,14 +211,23 @@ fn a_host_without_user_namespaces_has_qemus_network() {
     let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$@\"";
     let fcvm = lab.program();
     let shell = ["--user", "--map-root-user", "sh", "-c", script, "sh", fcvm];
-    let run = ["run", "--rm", IMAGE, "cat", "/etc/resolv.conf"];
-    let output = crate::process::run(lab.tool("unshare", &[&shell[..], &run].concat()));
+    let run = |flags: &[&str]| {
+        let run = [&["run", "--rm"], flags, &[IMAGE, "cat", "/etc/resolv.conf"]].concat();
+        crate::process::run(lab.tool("unshare", &[&shell[..], &run].concat()))
+    };
+    let output = run(&[]);
     assert_eq!(output.code, 0, "{output:?}");
     assert!(
         output.stderr.contains("this host forbids them"),
         "{output:?}"
     );
     assert!(output.text().contains("nameserver"), "{output:?}");
+    let output = run(&["--publish", "[::1]:8080:80"]);
+    assert_eq!(output.code, 125, "{output:?}");
+    assert!(
+        output.stderr.contains("allow user namespaces"),
+        "{output:?}"
+    );
     lab.finish();
 }
 
