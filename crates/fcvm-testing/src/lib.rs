@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 ///
 /// Where it cannot be written.
 pub fn write_program(path: &Path, text: &str) {
-    let mut install = install(Path::new("/dev/stdin"), path)
+    let mut install = install(Path::new("/proc/self/fd/0"), path)
         .stdin(Stdio::piped())
         .spawn()
         .expect("install of the coreutils can be run");
