@@ -14,6 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// An Ethernet header and a number, the least that a test frame holds.
 const FRAME_BYTES_MIN: usize = 18;
+/// Whose test frames are.
+const SENDER: [u8; 6] = [0x52, 0x54, 0, 0xfc, 0, 0x0f];
 
 /// A relay and passt's side of it.
 fn relay() -> (FrameRelay, UnixStream) {
@@ -46,7 +48,9 @@ fn patient(socket: OwnedFd) -> UnixStream {
 fn frame(number: u32, length: usize) -> Vec<u8> {
     let length = length.max(FRAME_BYTES_MIN);
     let mut frame = (length as u32).to_be_bytes().to_vec();
-    frame.extend([0; 14]);
+    frame.extend([0; 6]);
+    frame.extend(SENDER);
+    frame.extend([0; 2]);
     frame.extend(number.to_be_bytes());
     frame.resize(4 + length, number as u8);
     frame
@@ -314,6 +318,50 @@ fn nothing_is_taken_from_a_guest_that_stands_still() {
         scope.spawn(|| (&frames.socket).write_all(&sent[taken..]).unwrap());
         assert_eq!(passt_frames.until(399).len(), 400);
     });
+}
+
+/// A QEMU that was stopped while it sent a frame leaves out as much of the next one.
+#[test]
+fn a_frame_that_was_on_its_way_when_its_sender_was_stopped_is_put_together_with_no_other() {
+    let lengths = [60, 1514, 40_000];
+    let cuts = [1, 4, 17, 900, 30_000];
+    for (length, next, cut) in lengths
+        .iter()
+        .flat_map(|length| lengths.iter().map(move |next| (*length, *next)))
+        .flat_map(|(length, next)| cuts.iter().map(move |cut| (length, next, *cut)))
+        .filter(|(length, next, cut)| *cut < 4 + (*length).min(*next))
+    {
+        let (relay, passt) = relay();
+        let (own, mut socket) = connect_current(&relay);
+        let mut passt = Frames::new(passt);
+        socket.write_all(&frame(0, 100)).unwrap();
+        assert_eq!(passt.until(0), [0]);
+        let stopped = frame(1, length);
+        // Some of it the relay has read already, and some it finds when the sender is to go on.
+        socket.write_all(&stopped[..cut / 2]).unwrap();
+        relay.stand_still();
+        socket.write_all(&stopped[cut / 2..cut]).unwrap();
+        assert!(relay.go_on(own));
+        socket.write_all(&frame(2, next)[cut..]).unwrap();
+        let rest: Vec<u8> = [(1, length), (3, 60), (4, 1514)]
+            .iter()
+            .flat_map(|(number, length)| frame(*number, *length))
+            .collect();
+        socket.write_all(&rest).unwrap();
+        assert_eq!(passt.until(4), [1, 3, 4], "{length} {next} {cut}");
+        assert_eq!(relay.counters().frames_dropped, 1);
+    }
+    // What was sent as a whole is not left out.
+    let (relay, passt) = relay();
+    let (own, mut socket) = connect_current(&relay);
+    let mut passt = Frames::new(passt);
+    relay.stand_still();
+    for number in 0..20 {
+        socket.write_all(&frame(number, 3001)).unwrap();
+    }
+    assert!(relay.go_on(own));
+    socket.write_all(&frame(20, 3001)).unwrap();
+    assert_eq!(passt.until(20).len(), 21);
 }
 
 #[test]

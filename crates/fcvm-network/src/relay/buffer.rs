@@ -12,6 +12,9 @@ pub(crate) const FRAME_BYTES_MAX: usize = 65_535 + 64;
 const CAPACITY: usize = 256 << 10;
 const QUARTER: usize = CAPACITY / 4;
 
+/// Where a frame's sender is, counted from its length.
+const SENDER: std::ops::Range<usize> = LENGTH_BYTES + 6..LENGTH_BYTES + 12;
+
 /// What no peer sends: its stream can not be followed any further.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FrameTooLong {
@@ -32,6 +35,10 @@ pub(crate) struct FrameBuffer {
     whole: usize,
     /// End of what was read.
     end: usize,
+    /// Whose the last frame was.
+    sender: Option<[u8; 6]>,
+    /// Where the next frame begins is not known.
+    lost: bool,
 }
 
 impl FrameBuffer {
@@ -60,6 +67,9 @@ impl FrameBuffer {
     /// So many bytes were read to [`space`](Self::space).
     pub(crate) fn filled(&mut self, count: usize) -> Result<(), FrameTooLong> {
         self.end += count;
+        if self.lost && !self.find() {
+            return Ok(());
+        }
         while self.end - self.whole >= LENGTH_BYTES {
             let length_bytes = self.frame_bytes(self.whole);
             if length_bytes > FRAME_BYTES_MAX {
@@ -68,9 +78,45 @@ impl FrameBuffer {
             if self.end - self.whole < LENGTH_BYTES + length_bytes {
                 break;
             }
+            if LENGTH_BYTES + length_bytes >= SENDER.end {
+                self.sender = self.sender_at(self.whole);
+            }
             self.whole += LENGTH_BYTES + length_bytes;
         }
         Ok(())
+    }
+
+    /// Leaves out a frame that is here in part. The rest of it may come, or what is left of another one: the next
+    /// frame is the one that has the same sender. Says whether there was one.
+    pub(crate) fn lose_partial(&mut self) -> bool {
+        if self.end - self.whole >= SENDER.end {
+            self.sender = self.sender_at(self.whole);
+        }
+        self.lost = self.has_partial() && self.sender.is_some();
+        if self.lost {
+            self.end = self.whole;
+        }
+        self.lost
+    }
+
+    /// Finds the next frame in what was read, and leaves out what is before it.
+    fn find(&mut self) -> bool {
+        let read = &self.bytes[self.whole..self.end];
+        let found = read.windows(SENDER.end).position(|window| {
+            let length = u32::from_be_bytes([window[0], window[1], window[2], window[3]]) as usize;
+            let is_length = (SENDER.end - LENGTH_BYTES..=FRAME_BYTES_MAX).contains(&length);
+            is_length && self.sender.is_some_and(|sender| window[SENDER] == sender)
+        });
+        let before = found.unwrap_or(read.len().saturating_sub(SENDER.end - 1));
+        let from = self.whole + before;
+        self.bytes.copy_within(from..self.end, self.whole);
+        self.end -= before;
+        self.lost = found.is_none();
+        !self.lost
+    }
+
+    fn sender_at(&self, offset: usize) -> Option<[u8; 6]> {
+        self.bytes[offset..][SENDER].try_into().ok()
     }
 
     /// Whole frames wait, or the rest of one.
@@ -151,7 +197,8 @@ impl FrameBuffer {
     /// Gives the memory of an empty buffer back.
     pub(crate) fn release(&mut self) {
         if self.start == self.end {
-            *self = Self::default();
+            self.bytes = Vec::new();
+            (self.start, self.whole, self.end) = (0, 0, 0);
         }
     }
 

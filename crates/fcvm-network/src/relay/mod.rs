@@ -153,6 +153,20 @@ impl FrameRelay {
         self.shared.change(|state| state.activate(connection))
     }
 
+    /// Ends [`hold`](Self::hold) and [`stand_still`](Self::stand_still) of the current connection, whose process was
+    /// stopped, is so still, and goes on after this.
+    ///
+    /// A frame that it has sent in part is left out, and the next one is looked for: a QEMU that is stopped forgets
+    /// that frame, but not how much of it was sent (`send_index` in its net/stream.c), so that the next frame lacks
+    /// as many bytes at its beginning. Put together the two have the right length most often, and neither QEMU
+    /// nor passt looks at checksums.
+    ///
+    /// Gives false where the connection is closed already; nothing has changed then.
+    #[must_use]
+    pub fn go_on(&self, connection: ConnectionId) -> bool {
+        self.shared.change(|state| state.go_on(connection))
+    }
+
     /// Lets frames for the guest wait from now on, until [`activate`](Self::activate). A moment
     /// before a hypervisor is stopped for good, it lets the process empty its socket, so that nothing
     /// is lost with it.
@@ -160,8 +174,8 @@ impl FrameRelay {
         self.shared.change(state::State::hold);
     }
 
-    /// As [`hold`](Self::hold), and nothing is taken from the guest either: for a hypervisor that is stopped and goes
-    /// on. One whose socket has room again finishes what it was sending, and writes that into its guest's
+    /// As [`hold`](Self::hold), and nothing is taken from the guest either: for a hypervisor that has been stopped and goes
+    /// on. (Before it is stopped its socket shall have room, see [`go_on`](Self::go_on).) One whose socket has room again finishes what it was sending, and writes that into its guest's
     /// memory, stopped or not.
     pub fn stand_still(&self) {
         self.shared.change(state::State::stand_still);

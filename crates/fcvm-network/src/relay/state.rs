@@ -39,10 +39,15 @@ impl Socket {
         }
     }
 
-    /// Reads what fits; `None` at the end of the stream.
-    fn read_into(&mut self, buffer: &mut FrameBuffer) -> Result<Option<usize>, FrameTooLong> {
+    /// Reads what fits, and no more than `limit`; `None` at the end of the stream.
+    fn read_into(
+        &mut self,
+        buffer: &mut FrameBuffer,
+        limit: Option<usize>,
+    ) -> Result<Option<usize>, FrameTooLong> {
         let space = buffer.space();
-        let wanted = space.len();
+        let wanted = limit.map_or(space.len(), |limit| limit.min(space.len()));
+        let space = &mut space[..wanted];
         match rustix::net::recv(&*self.fd, space, RecvFlags::DONTWAIT) {
             Ok((count, _)) if count > 0 => {
                 // What came short left nothing behind, or poll(2) tells of it.
@@ -83,10 +88,28 @@ struct Connection {
     inbound: FrameBuffer,
     /// The end of a frame of which it has the beginning, from when another became the current one.
     owed: Vec<u8>,
+    /// So many bytes from here on it was stopped.
+    stopped_after: Option<usize>,
     /// Nothing can be sent to it any more. What it has sent may still be there to read.
     deaf: bool,
     /// Nothing more can be read from it.
     ended: bool,
+}
+
+impl Connection {
+    /// So many more bytes were read. Says whether a frame was lost: the one that was on its way when the hypervisor
+    /// was stopped.
+    fn pass(&mut self, count: usize) -> bool {
+        let Some(left) = &mut self.stopped_after else {
+            return false;
+        };
+        *left -= count;
+        if *left > 0 {
+            return false;
+        }
+        self.stopped_after = None;
+        self.inbound.lose_partial()
+    }
 }
 
 /// A place in the line of those whose frames go to the uplink.
@@ -134,6 +157,7 @@ impl State {
             socket: Socket::new(socket),
             inbound: FrameBuffer::default(),
             owed: Vec::new(),
+            stopped_after: None,
             deaf: false,
             ended: false,
         });
@@ -158,6 +182,18 @@ impl State {
             left_bytes: LEFT_BEHIND_BYTES_MAX,
         });
         true
+    }
+
+    /// As [`activate`](Self::activate), of one that is stopped still.
+    pub(super) fn go_on(&mut self, id: ConnectionId) -> bool {
+        let is_there = self.activate(id);
+        if is_there && let Some(index) = self.index(id) {
+            let connection = &mut self.connections[index];
+            let unread = rustix::io::ioctl_fionread(&*connection.socket.fd).unwrap_or(0);
+            connection.stopped_after = Some(usize::try_from(unread).unwrap_or(usize::MAX));
+            self.counters.frames_dropped += u64::from(connection.pass(0));
+        }
+        is_there
     }
 
     pub(super) fn hold(&mut self) {
@@ -225,7 +261,7 @@ impl State {
         };
         let mut open = true;
         if uplink.readable && self.outbound.has_space() {
-            match uplink.read_into(&mut self.outbound) {
+            match uplink.read_into(&mut self.outbound, None) {
                 Ok(count) => open = count.is_some(),
                 Err(FrameTooLong { length_bytes }) => {
                     tracing::error!(
@@ -315,7 +351,9 @@ impl State {
         if connection.ended || !wanted || !connection.inbound.has_space() {
             return None;
         }
-        let read = connection.socket.read_into(&mut connection.inbound);
+        let read = connection
+            .socket
+            .read_into(&mut connection.inbound, connection.stopped_after);
         if let Err(FrameTooLong { length_bytes }) = read {
             tracing::error!(
                 "the VM's network is closed: its hypervisor sent a frame of {length_bytes} bytes"
@@ -323,6 +361,7 @@ impl State {
         }
         let count = read.ok().flatten();
         connection.ended = count.is_none();
+        self.counters.frames_dropped += u64::from(connection.pass(count.unwrap_or(0)));
         count
     }
 

@@ -376,14 +376,16 @@ impl RunningVm {
         let mut watch = super::Stopwatch::new(Vec::new());
         // Neither side of the agent's channel moves while the guest's side is being saved.
         let held = self.link.hold();
-        match (&preparation.way, &self.network.relay) {
-            // The process is left behind: it has to be rid of what it sends.
-            (Way::Succession { .. }, Some(relay)) => relay.hold(),
-            (_, Some(relay)) => relay.stand_still(),
-            _ => {}
+        // A process that is stopped shall be rid of what it sends.
+        if let Some(relay) = &self.network.relay {
+            relay.hold();
         }
+        let is_left = matches!(preparation.way, Way::Succession { .. });
         let stopped = async {
             machine.pause().await.context("cannot pause the VM")?;
+            if let Some(relay) = self.network.relay.as_ref().filter(|_| !is_left) {
+                relay.stand_still();
+            }
             let unread = machine.take_unread().context("the agent's channel fails")?;
             Ok::<_, anyhow::Error>(unread)
         };
@@ -415,10 +417,14 @@ impl RunningVm {
         }
     }
 
-    /// Ends that the relay holds frames; the connection is there as long as its machine.
-    fn network_goes_on(&self) {
+    /// Ends that the relay holds frames, a moment before the machine goes on; the connection is there as long as that.
+    /// A tap device is no part of the machine, and has not been stopped with it.
+    pub(super) fn network_goes_on(&self) {
+        if !matches!(*self.machine.get(), Vm::Qemu(_)) {
+            return;
+        }
         if let (Some(relay), Some(connection)) = (&self.network.relay, self.connection.get()) {
-            let _ = relay.activate(connection);
+            let _ = relay.go_on(connection);
         }
     }
 

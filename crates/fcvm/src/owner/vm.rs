@@ -170,6 +170,7 @@ impl RunningVm {
         self.pausing.set(true);
         // Set again by the machine's next event where there is still no space.
         self.out_of_space.set(false);
+        self.network_goes_on();
         let resumed = self
             .machine
             .resume()
