@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 mod attach;
+mod checksum;
 mod error;
 mod host;
 mod passt;

@@ -50,7 +50,8 @@ fn frame(number: u32, length: usize) -> Vec<u8> {
     let mut frame = (length as u32).to_be_bytes().to_vec();
     frame.extend([0; 6]);
     frame.extend(SENDER);
-    frame.extend([0; 2]);
+    // ARP: a frame without a checksum.
+    frame.extend([8, 6]);
     frame.extend(number.to_be_bytes());
     frame.resize(4 + length, number as u8);
     frame

@@ -3,6 +3,8 @@
 //! A frame is four bytes of length, most significant first, and so many bytes of Ethernet frame: the
 //! framing of QEMU's `-netdev stream` (net/stream.c there) and of passt.
 
+use crate::checksum::is_intact;
+
 /// Bytes of the length before each frame.
 pub(crate) const LENGTH_BYTES: usize = 4;
 /// The longest frame that is taken: QEMU's and passt's largest packet with room for headers.
@@ -39,6 +41,10 @@ pub(crate) struct FrameBuffer {
     sender: Option<[u8; 6]>,
     /// Where the next frame begins is not known.
     lost: bool,
+    /// So many frames more are left out where they are not intact.
+    suspects: usize,
+    /// Frames that were left out so.
+    torn: u64,
 }
 
 impl FrameBuffer {
@@ -72,11 +78,31 @@ impl FrameBuffer {
         }
         while self.end - self.whole >= LENGTH_BYTES {
             let length_bytes = self.frame_bytes(self.whole);
+            let is_suspect = self.suspects > 0 && self.sender.is_some();
             if length_bytes > FRAME_BYTES_MAX {
-                return Err(FrameTooLong { length_bytes });
+                if !is_suspect {
+                    return Err(FrameTooLong { length_bytes });
+                }
+                self.suspects -= 1;
+                if self.search() {
+                    continue;
+                }
+                return Ok(());
             }
-            if self.end - self.whole < LENGTH_BYTES + length_bytes {
+            let next = self.whole + LENGTH_BYTES + length_bytes;
+            if self.end < next {
                 break;
+            }
+            if is_suspect {
+                // Also of one that is torn: a guest shall not have this done for ever.
+                self.suspects -= 1;
+                if !is_intact(&self.bytes[self.whole + LENGTH_BYTES..next]) {
+                    self.torn += 1;
+                    if self.search() {
+                        continue;
+                    }
+                    return Ok(());
+                }
             }
             if LENGTH_BYTES + length_bytes >= SENDER.end {
                 self.sender = self.sender_at(self.whole);
@@ -97,6 +123,24 @@ impl FrameBuffer {
             self.end = self.whole;
         }
         self.lost
+    }
+
+    /// Whether the next so many frames are looked at, and left out where they are not intact: two of them may have been
+    /// put together.
+    pub(crate) fn suspect(&mut self, count: usize) {
+        self.suspects = count;
+    }
+
+    /// How many frames were left out since this was asked last.
+    pub(crate) fn take_torn(&mut self) -> u64 {
+        std::mem::take(&mut self.torn)
+    }
+
+    /// Finds the next frame after one that is none, which may have eaten it.
+    fn search(&mut self) -> bool {
+        self.bytes.copy_within(self.whole + 1..self.end, self.whole);
+        self.end -= 1;
+        self.find()
     }
 
     /// Finds the next frame in what was read, and leaves out what is before it.
@@ -214,6 +258,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::checksum::udp_frame;
 
     /// What happens to a buffer. Sizes are cut to what is there.
     #[derive(Debug, Clone)]
@@ -292,6 +337,36 @@ mod tests {
                 let whole = ends.iter().rev().find(|end| **end <= read).copied().unwrap_or(0);
                 prop_assert_eq!(buffer.pending(), &stream[given_on..whole]);
                 prop_assert_eq!(buffer.has_partial(), whole < read);
+            }
+        }
+    }
+
+    /// What a QEMU sends that is stopped in the middle of the first frame and has room for the second at once.
+    #[test]
+    fn a_frame_that_ends_as_another_one_is_left_out_and_the_next_is_found() {
+        let sender = [0x52, 0x54, 0, 0xfc, 0, 0x0f];
+        let frame = |fill: u8, bytes: usize| {
+            let frame = udp_frame(sender, &vec![fill; bytes]);
+            [&(frame.len() as u32).to_be_bytes()[..], &frame].concat()
+        };
+        for (first, second) in [(1000, 1000), (1000, 5000), (5000, 1000), (60_000, 60_000)] {
+            for cut in [60, 900] {
+                let mut buffer = FrameBuffer::default();
+                let mut give = |bytes: &[u8]| {
+                    for piece in bytes.chunks(700) {
+                        buffer.space()[..piece.len()].copy_from_slice(piece);
+                        buffer.filled(piece.len()).unwrap();
+                    }
+                    let frames: Vec<u8> = buffer.pending().to_vec();
+                    buffer.given_on(frames.len());
+                    buffer.suspect(16);
+                    frames
+                };
+                assert_eq!(give(&frame(1, 100)), frame(1, 100));
+                let after = [frame(4, 300), frame(5, 300), frame(6, 6000)].concat();
+                let sent = [&frame(2, first)[..cut], &frame(3, second)[cut..], &after].concat();
+                assert_eq!(give(&sent), after, "{first} {second} {cut}");
+                assert!(buffer.take_torn() > 0);
             }
         }
     }

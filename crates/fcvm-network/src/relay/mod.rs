@@ -156,10 +156,11 @@ impl FrameRelay {
     /// Ends [`hold`](Self::hold) and [`stand_still`](Self::stand_still) of the current connection, whose process was
     /// stopped, is so still, and goes on after this.
     ///
-    /// A frame that it has sent in part is left out, and the next one is looked for: a QEMU that is stopped forgets
-    /// that frame, but not how much of it was sent (`send_index` in its net/stream.c), so that the next frame lacks
-    /// as many bytes at its beginning. Put together the two have the right length most often, and neither QEMU
-    /// nor passt looks at checksums.
+    /// A QEMU that is stopped forgets a frame that its socket had taken in part only, but not how much of it that was
+    /// (`send_index` in its net/stream.c), so that the next frame, at once or when it goes on, lacks as many bytes at its
+    /// beginning. Put together the two have the right length most often, and passt does not look at checksums. So
+    /// the frames that come between [`hold`](Self::hold) and this, and some after it, are left out where their checksums are wrong,
+    /// and a frame that is there in part now is left out too; the next one is found by its sender.
     ///
     /// Gives false where the connection is closed already; nothing has changed then.
     #[must_use]

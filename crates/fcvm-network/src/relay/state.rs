@@ -21,6 +21,8 @@ const UPLINK_FRAME_BYTES: std::ops::RangeInclusive<usize> = 14..=65_535;
 /// Bytes taken from a hypervisor that is no longer the current one. A stopped one has left what its
 /// socket holds and no more; one that runs on shall not keep its successor waiting.
 const LEFT_BEHIND_BYTES_MAX: usize = 1 << 20;
+/// Frames of a hypervisor that has gone on which may still be put together of two.
+const SUSPECTS: usize = 16;
 
 /// A socket, and what is known of it without asking.
 #[derive(Debug)]
@@ -108,6 +110,7 @@ impl Connection {
             return false;
         }
         self.stopped_after = None;
+        self.inbound.suspect(SUSPECTS);
         self.inbound.lose_partial()
     }
 }
@@ -173,6 +176,7 @@ impl State {
         self.held = false;
         self.still = false;
         if self.current == Some(id) {
+            self.suspect(0);
             return true;
         }
         self.take_back();
@@ -189,6 +193,7 @@ impl State {
         let is_there = self.activate(id);
         if is_there && let Some(index) = self.index(id) {
             let connection = &mut self.connections[index];
+            connection.inbound.suspect(usize::MAX);
             let unread = rustix::io::ioctl_fionread(&*connection.socket.fd).unwrap_or(0);
             connection.stopped_after = Some(usize::try_from(unread).unwrap_or(usize::MAX));
             self.counters.frames_dropped += u64::from(connection.pass(0));
@@ -198,11 +203,19 @@ impl State {
 
     pub(super) fn hold(&mut self) {
         self.held = true;
+        self.suspect(usize::MAX);
     }
 
     pub(super) fn stand_still(&mut self) {
-        self.held = true;
+        self.hold();
         self.still = true;
+    }
+
+    /// Has the next frames of the current connection looked at.
+    fn suspect(&mut self, count: usize) {
+        if let Some(index) = self.current.and_then(|id| self.index(id)) {
+            self.connections[index].inbound.suspect(count);
+        }
     }
 
     pub(super) fn disconnect(&mut self, id: ConnectionId) {
@@ -362,6 +375,7 @@ impl State {
         let count = read.ok().flatten();
         connection.ended = count.is_none();
         self.counters.frames_dropped += u64::from(connection.pass(count.unwrap_or(0)));
+        self.counters.frames_dropped += connection.inbound.take_torn();
         count
     }
 

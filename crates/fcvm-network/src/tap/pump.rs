@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use super::BRIDGE_MAC;
+use crate::checksum::checksum;
 use crate::relay::{FRAME_BYTES_MAX, FrameBuffer, LENGTH_BYTES};
 
 /// `struct virtio_net_hdr`: flags, kind and size of segments, `csum_start` at 6 and `csum_offset` at 8.
@@ -202,31 +203,12 @@ fn complete(packet: &mut [u8]) -> Option<&[u8]> {
         let (start, offset) = (field(6), field(8));
         let covered = frame.get_mut(start..)?;
         // Over the packet, the sum of the addresses in its own field.
-        let sum = checksum(covered);
+        let sum = checksum(&[covered]);
         covered
             .get_mut(offset..offset + 2)?
             .copy_from_slice(&sum.to_be_bytes());
     }
     Some(frame)
-}
-
-/// The Internet's checksum, RFC 1071; never 0, which in UDP says that there is none.
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut words = bytes.chunks_exact(2);
-    let mut sum: u64 = words
-        .by_ref()
-        .map(|word| u64::from(u16::from_be_bytes([word[0], word[1]])))
-        .sum();
-    if let [last] = words.remainder() {
-        sum += u64::from(*last) << 8;
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    match !(sum as u16) {
-        0 => 0xffff,
-        sum => sum,
-    }
 }
 
 #[cfg(test)]
@@ -246,7 +228,7 @@ mod tests {
         packet.append(&mut addresses);
         packet.extend([0x1e, 0x61, 0x30, 0x39]);
         packet.extend(udp_bytes.to_be_bytes());
-        packet.extend((!checksum(&pseudo)).to_be_bytes());
+        packet.extend((!checksum(&[&pseudo])).to_be_bytes());
         packet.extend(payload);
         packet
     }
@@ -261,7 +243,7 @@ mod tests {
             let length = (udp.len() as u16).to_be_bytes();
             // A receiver sums everything up, the sum included, and finds all ones.
             let all = [addresses, &[0, 17], &length, udp].concat();
-            assert_eq!(checksum(&all), 0xffff);
+            assert_eq!(checksum(&[&all]), 0xffff);
             assert_ne!(udp[6..8], [0, 0]);
         }
     }

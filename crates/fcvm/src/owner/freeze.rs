@@ -376,10 +376,7 @@ impl RunningVm {
         let mut watch = super::Stopwatch::new(Vec::new());
         // Neither side of the agent's channel moves while the guest's side is being saved.
         let held = self.link.hold();
-        // A process that is stopped shall be rid of what it sends.
-        if let Some(relay) = &self.network.relay {
-            relay.hold();
-        }
+        self.network_holds();
         let is_left = matches!(preparation.way, Way::Succession { .. });
         let stopped = async {
             machine.pause().await.context("cannot pause the VM")?;
@@ -414,6 +411,14 @@ impl RunningVm {
                 tracing::error!(target: "vm", "the VM cannot go on: {error}");
             }
             machine.kill();
+        }
+    }
+
+    /// Has the relay keep frames for the guest, a moment before the machine is stopped, which shall be rid of what it
+    /// sends: what comes then may be cut.
+    pub(super) fn network_holds(&self) {
+        if let (Some(relay), Vm::Qemu(_)) = (&self.network.relay, &*self.machine.get()) {
+            relay.hold();
         }
     }
 

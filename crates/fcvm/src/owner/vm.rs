@@ -155,7 +155,11 @@ impl RunningVm {
             bail!("the VM is not running");
         }
         self.pausing.set(true);
+        self.network_holds();
         let paused = self.machine.pause().await.context("cannot pause the VM");
+        if paused.is_err() {
+            self.network_goes_on();
+        }
         self.pausing.set(false);
         paused?;
         self.update(|record| record.state = VmState::Paused);
