@@ -175,8 +175,8 @@ impl FrameRelay {
         self.shared.change(state::State::hold);
     }
 
-    /// As [`hold`](Self::hold), and nothing is taken from the guest either: for a hypervisor that has been stopped and goes
-    /// on. (Before it is stopped its socket shall have room, see [`go_on`](Self::go_on).) One whose socket has room again finishes what it was sending, and writes that into its guest's
+    /// As [`hold`](Self::hold), and nothing is taken from the guest either: for a hypervisor that is stopped and goes
+    /// on. One whose socket has room again finishes what it was sending, and writes that into its guest's
     /// memory, stopped or not.
     pub fn stand_still(&self) {
         self.shared.change(state::State::stand_still);

@@ -376,13 +376,14 @@ impl RunningVm {
         let mut watch = super::Stopwatch::new(Vec::new());
         // Neither side of the agent's channel moves while the guest's side is being saved.
         let held = self.link.hold();
-        self.network_holds();
-        let is_left = matches!(preparation.way, Way::Succession { .. });
+        match (&preparation.way, &self.network.relay) {
+            // The process is left behind: it has to be rid of what it sends.
+            (Way::Succession { .. }, _) => self.network_holds(),
+            (_, Some(relay)) => relay.stand_still(),
+            _ => {}
+        }
         let stopped = async {
             machine.pause().await.context("cannot pause the VM")?;
-            if let Some(relay) = self.network.relay.as_ref().filter(|_| !is_left) {
-                relay.stand_still();
-            }
             let unread = machine.take_unread().context("the agent's channel fails")?;
             Ok::<_, anyhow::Error>(unread)
         };
@@ -414,8 +415,7 @@ impl RunningVm {
         }
     }
 
-    /// Has the relay keep frames for the guest, a moment before the machine is stopped, which shall be rid of what it
-    /// sends: what comes then may be cut.
+    /// Has the relay keep frames for the guest, a moment before the machine is stopped. What comes from it then may be cut.
     pub(super) fn network_holds(&self) {
         if let (Some(relay), Vm::Qemu(_)) = (&self.network.relay, &*self.machine.get()) {
             relay.hold();
