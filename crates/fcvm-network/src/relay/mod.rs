@@ -76,8 +76,8 @@ pub struct RelayCounters {
     pub frames_from_guest: u64,
     /// Their bytes, with four for the length of each.
     pub bytes_from_guest: u64,
-    /// Frames that went nowhere: cut off by the end of a hypervisor, of a length that passt does not
-    /// take, or left over when the relay ended. What the kernel held for a hypervisor that ended is
+    /// Frames that went nowhere: cut off by the end or the stop of a hypervisor, put together of two by that, of a
+    /// length that passt does not take, or left over when the relay ended. What the kernel held for a hypervisor that ended is
     /// not known and not in it.
     pub frames_dropped: u64,
 }
